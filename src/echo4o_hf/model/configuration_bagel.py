@@ -1,0 +1,146 @@
+"""Configuration of Bagel: a mixture of two transformer experts with a vision encoder and latent heads."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, ClassVar
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig, Qwen2Config, SiglipVisionConfig
+
+from .checkpoint import find_official_files, official_config_dict
+
+
+@strict
+class BagelConfig(PreTrainedConfig):
+    """Sizes of `BagelForConditionalGeneration`; the defaults are those of `ByteDance-Seed/BAGEL-7B-MoT`.
+
+    Args:
+        text_config: Both experts (`Qwen2Config`, whose attention gets a norm on queries and keys).
+        vision_config: The SigLIP vision encoder; `num_hidden_layers` counts the layers that the checkpoint holds.
+        latent_channels: Channels of the VAE's latents.
+        latent_downsample: Image pixels per latent, along one side.
+        latent_patch_size: Latents per token, along one side.
+        max_latent_size: Rows and columns of the table of latent positions; limits the size of an image.
+        vit_max_num_patch_per_side: Rows and columns of the tables of vision positions.
+        connector_act: Activation between the two layers that bring vision features into the language model.
+        timestep_shift: Shift of the timesteps drawn in training.
+        bos_token_id: Begins every text segment (`<|im_start|>`).
+        eos_token_id: Ends every text segment (`<|im_end|>`).
+        start_of_image_token_id: Begins every image segment (`<|vision_start|>`).
+        end_of_image_token_id: Ends every image segment (`<|vision_end|>`).
+
+    Raises:
+        ValueError: Sizes that do not fit each other, with the numbers seen.
+    """
+
+    model_type = "bagel"
+    sub_configs_defaults: ClassVar[dict[str, Any]] = {"text_config": Qwen2Config, "vision_config": SiglipVisionConfig}
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+
+    text_config: dict[str, Any] | PreTrainedConfig | None = None
+    vision_config: dict[str, Any] | PreTrainedConfig | None = None
+    latent_channels: int = 16
+    latent_downsample: int = 8
+    latent_patch_size: int = 2
+    max_latent_size: int = 64
+    vit_max_num_patch_per_side: int = 70
+    connector_act: str = "gelu_pytorch_tanh"
+    timestep_shift: float = 1.0
+    bos_token_id: int | None = 151644
+    eos_token_id: int | list[int] | None = 151645
+    pad_token_id: int | None = None
+    start_of_image_token_id: int = 151652
+    end_of_image_token_id: int = 151653
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.text_config is None:
+            self.text_config = {
+                "hidden_size": 3584,
+                "intermediate_size": 18944,
+                "num_hidden_layers": 28,
+                "num_attention_heads": 28,
+                "num_key_value_heads": 4,
+                "vocab_size": 152064,
+                "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+            }
+        if self.vision_config is None:
+            self.vision_config = {
+                "hidden_size": 1152,
+                "intermediate_size": 4304,
+                "num_hidden_layers": 26,
+                "num_attention_heads": 16,
+                "patch_size": 14,
+                "image_size": 980,
+            }
+        super().__post_init__(**kwargs)
+
+    @property
+    def latent_stride(self) -> int:
+        """Image pixels per latent token, along one side."""
+        return self.latent_patch_size * self.latent_downsample
+
+    @property
+    def latent_dim(self) -> int:
+        """Values of one latent token."""
+        return self.latent_patch_size**2 * self.latent_channels
+
+    @property
+    def patch_dim(self) -> int:
+        """Values of one vision patch."""
+        return 3 * int(self.vision_config.patch_size) ** 2  # type: ignore[union-attr]
+
+    def validate_architecture(self) -> None:
+        """Run by transformers' strict validation."""
+        text, vision = self.text_config, self.vision_config
+        assert isinstance(text, Qwen2Config) and isinstance(vision, SiglipVisionConfig)
+        _require_multiple("text_config.hidden_size", text.hidden_size, "num_attention_heads", text.num_attention_heads)
+        _require_multiple(
+            "text_config.num_attention_heads",
+            text.num_attention_heads,
+            "num_key_value_heads",
+            text.num_key_value_heads or text.num_attention_heads,
+        )
+        _require_multiple("vision_config.hidden_size", vision.hidden_size, "num_attention_heads", vision.num_attention_heads)
+        if text.hidden_size % 4:
+            raise ValueError(
+                f"text_config.hidden_size={text.hidden_size} must be a multiple of 4: "
+                "the position tables give a quarter each to the sines and cosines of column and row"
+            )
+        head_dim = text.hidden_size // text.num_attention_heads
+        if head_dim % 2:
+            raise ValueError(
+                f"hidden_size={text.hidden_size} / num_attention_heads={text.num_attention_heads} gives heads of "
+                f"{head_dim}, and rotary embeddings need an even size"
+            )
+        side = vision.image_size // vision.patch_size
+        if side != self.vit_max_num_patch_per_side:
+            raise ValueError(
+                f"vision_config.image_size={vision.image_size} / patch_size={vision.patch_size} gives {side} patches "
+                f"a side, but vit_max_num_patch_per_side={self.vit_max_num_patch_per_side}; they must be equal"
+            )
+        for name in ("latent_channels", "latent_downsample", "latent_patch_size", "max_latent_size", "timestep_shift"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be positive")
+        for name in ("bos_token_id", "eos_token_id", "start_of_image_token_id", "end_of_image_token_id"):
+            token_id = getattr(self, name)
+            if not isinstance(token_id, int) or not 0 <= token_id < text.vocab_size:
+                raise ValueError(f"{name}={token_id} is not in the vocabulary of {text.vocab_size} tokens")
+
+    @classmethod
+    def get_config_dict(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Read our `config.json`, or the several JSON files of the official layout."""
+        folder = find_official_files(
+            pretrained_model_name_or_path, revision=kwargs.get("revision"), subfolder=kwargs.get("subfolder")
+        )
+        if folder is None:
+            return super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        return official_config_dict(folder), kwargs
+
+
+def _require_multiple(name: str, value: int, divisor_name: str, divisor: int) -> None:
+    if divisor <= 0 or value % divisor:
+        raise ValueError(f"{name}={value} must be a multiple of {divisor_name}={divisor}")
