@@ -1,0 +1,59 @@
+"""Packaging of echo4o-hf; the settings of the tools are in pyproject.toml."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+here = Path(__file__).parent
+
+
+def version() -> str:
+    """Reads `__version__` from the package without importing it."""
+    source = (here / "src/echo4o_hf/__init__.py").read_text(encoding="utf-8")
+    return re.search(r'^__version__ = "(.+)"$', source, re.MULTILINE).group(1)
+
+
+setup(
+    name="echo4o-hf",
+    version=version(),
+    description="Echo-4o (Bagel) with transformers and diffusers",
+    long_description=(here / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    package_dir={"": "src"},
+    packages=find_packages("src"),
+    package_data={
+        "echo4o_hf": ["py.typed"],
+        "echo4o_hf.miniature": ["**/*.json", "**/*.jsonl", "**/*.safetensors", "**/*.txt"],
+        "echo4o_hf.report": ["*.jinja"],
+    },
+    entry_points={"console_scripts": ["echo4o = echo4o_hf.cli:main"]},
+    # transformers 5.23 and diffusers 0.42 need Python 3.11
+    python_requires=">=3.11",
+    # Each lower bound is the version the tests run with (constraints.txt).
+    install_requires=[
+        "accelerate>=1.15",
+        "diffusers>=0.42.1",
+        "huggingface_hub>=2.4",
+        "jinja2>=3.1.6",
+        "numpy>=2.4",
+        "pillow>=13.0",
+        "safetensors>=0.8",
+        "scipy>=1.17",
+        "tokenizers>=0.23.3",
+        "torch>=2.13",
+        "tqdm>=4.70",
+        "transformers>=5.23",
+    ],
+    extras_require={
+        "test": [
+            "hypothesis>=6.170",
+            "mypy>=2.4",
+            "pytest>=9.2",
+            "ruff>=0.17.6",
+            "scikit-image>=0.26",
+        ],
+    },
+)
