@@ -1,0 +1,707 @@
+"""Bagel: two transformer experts that share one attention, a vision encoder and latent heads.
+
+The *understanding* expert reads texts, image markers and vision patches; the *generation* expert reads and draws VAE
+latents. Each token passes the norms, projections and MLP of its expert; queries, keys and values of both meet in one
+attention. Parameter names are those of the official checkpoint, in which the generation expert carries `_moe_gen`.
+
+Letters in shape comments: B batch, U understanding tokens, G generation tokens, L = U + G, K cached tokens,
+D hidden size, H heads, E head size, P vision patches, I images.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
+from transformers import DynamicCache, PreTrainedModel, Qwen2Config, SiglipVisionConfig
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, create_bidirectional_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.qwen2.modeling_qwen2 import (
+    Qwen2MLP,
+    Qwen2RMSNorm,
+    Qwen2RotaryEmbedding,
+    apply_rotary_pos_emb,
+    eager_attention_forward,
+)
+from transformers.models.siglip.modeling_siglip import SiglipEncoder
+from transformers.utils import ModelOutput
+
+from .checkpoint import check_loading_info
+from .configuration_bagel import BagelConfig
+from .context import Context
+from .packing import IGNORE, IMAGE, PADDING, TARGET, TEXT, Grid, Segment, collate, grid_position_ids
+
+
+@dataclass
+class BagelOutput(ModelOutput):
+    """Output of `BagelForConditionalGeneration`.
+
+    Attributes:
+        loss: Sum of the two losses below that have targets.
+        flow_loss: Squared error of the velocity, averaged over channels: a mean over target tokens, or
+            (batch, generation tokens) with `loss_reduction="none"`, zero elsewhere.
+        text_loss: Cross entropy: a mean over labelled tokens, or (batch, understanding tokens) likewise.
+        logits: (batch, kept tokens, vocabulary); None when labels are given, as only the loss is computed then.
+        velocity: (batch, generation tokens, latent_dim) float32, noise minus clean latents.
+        past_key_values: The cache, when `use_cache`.
+        last_hidden_state: (batch, understanding + generation tokens, hidden) after the final norms.
+    """
+
+    loss: Tensor | None = None
+    flow_loss: Tensor | None = None
+    text_loss: Tensor | None = None
+    logits: Tensor | None = None
+    velocity: Tensor | None = None
+    past_key_values: Cache | None = None
+    last_hidden_state: Tensor | None = None
+
+
+# ------------------------------------------------------------------------------------------------- the two experts
+
+
+class BagelAttention(nn.Module):
+    """One attention over the tokens of both experts; each projects and normalises its own."""
+
+    def __init__(self, config: Qwen2Config, layer_idx: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        hidden, heads, kv_heads = config.hidden_size, config.num_attention_heads, cast(int, config.num_key_value_heads)
+        self.head_dim = hidden // heads
+        self.num_key_value_groups = heads // kv_heads
+        self.scaling = self.head_dim**-0.5
+        self.is_causal = False
+
+        self.q_proj = nn.Linear(hidden, heads * self.head_dim)
+        self.k_proj = nn.Linear(hidden, kv_heads * self.head_dim)
+        self.v_proj = nn.Linear(hidden, kv_heads * self.head_dim)
+        self.o_proj = nn.Linear(heads * self.head_dim, hidden, bias=False)
+        self.q_norm = Qwen2RMSNorm(self.head_dim, eps=config.rms_norm_eps)
+        self.k_norm = Qwen2RMSNorm(self.head_dim, eps=config.rms_norm_eps)
+
+        self.q_proj_moe_gen = nn.Linear(hidden, heads * self.head_dim)
+        self.k_proj_moe_gen = nn.Linear(hidden, kv_heads * self.head_dim)
+        self.v_proj_moe_gen = nn.Linear(hidden, kv_heads * self.head_dim)
+        self.o_proj_moe_gen = nn.Linear(heads * self.head_dim, hidden, bias=False)
+        self.q_norm_moe_gen = Qwen2RMSNorm(self.head_dim, eps=config.rms_norm_eps)
+        self.k_norm_moe_gen = Qwen2RMSNorm(self.head_dim, eps=config.rms_norm_eps)
+
+    def forward(
+        self,
+        understanding: Tensor,
+        generation: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Any,
+        is_causal: bool,
+        past_key_values: Cache | None,
+        update_cache: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """(B, U, D), (B, G, D) -> the same."""
+        batch, num_understanding, _ = understanding.shape
+        heads = (batch, -1, self.config.num_attention_heads, self.head_dim)
+        kv_heads = (batch, -1, cast(int, self.config.num_key_value_heads), self.head_dim)
+
+        q_u = self.q_norm(self.q_proj(understanding).view(heads))  # (B, U, H, E)
+        k_u = self.k_norm(self.k_proj(understanding).view(kv_heads))
+        v_u = self.v_proj(understanding).view(kv_heads)
+
+        q_g = self.q_norm_moe_gen(self.q_proj_moe_gen(generation).view(heads))  # (B, G, H, E)
+        k_g = self.k_norm_moe_gen(self.k_proj_moe_gen(generation).view(kv_heads))
+        v_g = self.v_proj_moe_gen(generation).view(kv_heads)
+
+        q = torch.cat([q_u, q_g], dim=1).transpose(1, 2)  # (B, H, L, E)
+        k = torch.cat([k_u, k_g], dim=1).transpose(1, 2)
+        v = torch.cat([v_u, v_g], dim=1).transpose(1, 2)
+        rotated = apply_rotary_pos_emb(q, k, *position_embeddings)  # float32, as its tables are
+        q, k = rotated[0].to(v.dtype), rotated[1].to(v.dtype)
+
+        if past_key_values is not None and update_cache:
+            k, v = past_key_values.update(k, v, self.layer_idx)  # (B, H, K + L, E)
+        elif past_key_values is not None and past_key_values.get_seq_length(self.layer_idx):
+            layer = past_key_values.layers[self.layer_idx]
+            k, v = torch.cat([layer.keys, k], dim=2), torch.cat([layer.values, v], dim=2)  # type: ignore[list-item]
+
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        out, _ = attention(self, q, k, v, attention_mask, scaling=self.scaling, dropout=0.0, is_causal=is_causal)
+        out = out.reshape(batch, out.shape[1], -1)  # (B, L, D)
+        return self.o_proj(out[:, :num_understanding]), self.o_proj_moe_gen(out[:, num_understanding:])
+
+
+class BagelDecoderLayer(GradientCheckpointingLayer):
+    """One layer of both experts, written side by side."""
+
+    def __init__(self, config: Qwen2Config, layer_idx: int) -> None:
+        super().__init__()
+        self.self_attn = BagelAttention(config, layer_idx)
+
+        self.mlp = Qwen2MLP(config)
+        self.input_layernorm = Qwen2RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = Qwen2RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+        self.mlp_moe_gen = Qwen2MLP(config)
+        self.input_layernorm_moe_gen = Qwen2RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm_moe_gen = Qwen2RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(self, understanding: Tensor, generation: Tensor, **attention_inputs: Any) -> tuple[Tensor, Tensor]:
+        """(B, U, D), (B, G, D) -> the same."""
+        attended_u, attended_g = self.self_attn(
+            self.input_layernorm(understanding), self.input_layernorm_moe_gen(generation), **attention_inputs
+        )
+        understanding = understanding + attended_u
+        generation = generation + attended_g
+
+        understanding = understanding + self.mlp(self.post_attention_layernorm(understanding))
+        generation = generation + self.mlp_moe_gen(self.post_attention_layernorm_moe_gen(generation))
+        return understanding, generation
+
+
+class BagelTextModel(nn.Module):
+    """Qwen2's decoder with a second set of weights for latents: upstream's has one stream."""
+
+    def __init__(self, config: Qwen2Config) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList([BagelDecoderLayer(config, index) for index in range(config.num_hidden_layers)])
+        self.norm = Qwen2RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm_moe_gen = Qwen2RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = Qwen2RotaryEmbedding(config)
+
+    def forward(
+        self, understanding: Tensor, generation: Tensor, position_ids: Tensor, **attention_inputs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """(B, U, D), (B, G, D) and rope positions (B, L) -> final hidden states (B, U, D), (B, G, D)."""
+        position_embeddings = self.rotary_emb(position_ids.float(), position_ids)  # 2 x (B, L, E), float32
+        for layer in self.layers:
+            understanding, generation = layer(
+                understanding, generation, position_embeddings=position_embeddings, **attention_inputs
+            )
+        return self.norm(understanding), self.norm_moe_gen(generation)
+
+
+class BagelLanguageModel(nn.Module):
+    """Holds `model` and `lm_head` under the official names."""
+
+    def __init__(self, config: Qwen2Config) -> None:
+        super().__init__()
+        self.model = BagelTextModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+
+# --------------------------------------------------------------------------------------------------- seeing images
+
+
+class BagelVisionEmbeddings(nn.Module):
+    """Linear patches and learned positions looked up by row and column (SigLIP's own takes one square size)."""
+
+    def __init__(self, config: SiglipVisionConfig, max_per_side: int) -> None:
+        super().__init__()
+        self.max_per_side = max_per_side
+        self.patch_embedding = nn.Linear(config.num_channels * config.patch_size**2, config.hidden_size)
+        self.position_embedding = nn.Embedding(max_per_side**2, config.hidden_size)
+
+    def forward(self, patches: Tensor, position_ids: Tensor) -> Tensor:
+        """(P, patch_dim), (P,) -> (P, vision hidden)."""
+        return self.patch_embedding(patches) + self.position_embedding(position_ids)
+
+
+class BagelVisionTransformer(nn.Module):
+    """SigLIP's encoder over images of any grid, each seeing only itself."""
+
+    def __init__(self, config: SiglipVisionConfig, max_per_side: int) -> None:
+        super().__init__()
+        self.config = config
+        self.embeddings = BagelVisionEmbeddings(config, max_per_side)
+        self.encoder = SiglipEncoder(config)  # type: ignore[arg-type]
+        self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, patches: Tensor, position_ids: Tensor, lengths: list[int]) -> Tensor:
+        """Patches of all images in a row (P, patch_dim), patches per image -> (P, vision hidden)."""
+        embeds = self.embeddings(patches, position_ids)
+        images = pad_sequence(list(embeds.split(lengths)), batch_first=True)  # (I, longest, vision hidden)
+        real = torch.arange(images.shape[1], device=images.device) < torch.tensor(lengths, device=images.device)[:, None]
+        mask = create_bidirectional_mask(config=self.config, inputs_embeds=images, attention_mask=real)
+        hidden = self.encoder(inputs_embeds=images, attention_mask=mask).last_hidden_state
+        return self.post_layernorm(hidden[real])
+
+
+class BagelVisionModel(nn.Module):
+    """Holds `vision_model` under the official name."""
+
+    def __init__(self, config: SiglipVisionConfig, max_per_side: int) -> None:
+        super().__init__()
+        self.vision_model = BagelVisionTransformer(config, max_per_side)
+
+
+class BagelConnector(nn.Module):
+    """Brings vision features to the language model's size."""
+
+    def __init__(self, config: BagelConfig) -> None:
+        super().__init__()
+        vision, text = cast(SiglipVisionConfig, config.vision_config), cast(Qwen2Config, config.text_config)
+        self.fc1 = nn.Linear(vision.hidden_size, text.hidden_size)
+        self.act = ACT2FN[config.connector_act]
+        self.fc2 = nn.Linear(text.hidden_size, text.hidden_size)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(P, vision hidden) -> (P, D)."""
+        return self.fc2(self.act(self.fc1(features)))
+
+
+# ------------------------------------------------------------------------------------------------- drawing latents
+
+
+class BagelPositionTable(nn.Module):
+    """Fixed two-dimensional sines and cosines; saved with the checkpoint, never trained."""
+
+    def __init__(self, max_per_side: int, hidden_size: int) -> None:
+        super().__init__()
+        self.max_per_side = max_per_side
+        self.pos_embed = nn.Parameter(torch.zeros(max_per_side**2, hidden_size), requires_grad=False)
+
+    def forward(self, position_ids: Tensor) -> Tensor:
+        """(...) -> (..., D)."""
+        return self.pos_embed[position_ids]
+
+    def values(self) -> Tensor:
+        """[sin column, cos column, sin row, cos row], a quarter each; float64 inside, as the official code has it."""
+        quarter = self.pos_embed.shape[1] // 4
+        frequencies = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
+        angles = torch.arange(self.max_per_side, dtype=torch.float64)[:, None] * frequencies
+        axis = torch.cat([angles.sin(), angles.cos()], dim=1)  # (side, D / 2)
+        rows, columns = axis.repeat_interleave(self.max_per_side, 0), axis.repeat(self.max_per_side, 1)
+        return torch.cat([columns, rows], dim=1).float()
+
+
+class BagelTimestepEmbedder(nn.Module):
+    """Timesteps in [0, 1], not multiplied by 1000 as diffusion models do."""
+
+    num_frequencies = 128
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(
+            nn.Linear(2 * self.num_frequencies, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
+        )
+
+    def forward(self, timestep: Tensor) -> Tensor:
+        """(...) float32 -> (..., D)."""
+        index = torch.arange(self.num_frequencies, dtype=torch.float32, device=timestep.device)
+        angles = timestep.float()[..., None] * torch.exp(-math.log(10000.0) / self.num_frequencies * index)
+        features = torch.cat([angles.cos(), angles.sin()], dim=-1)
+        return self.mlp(features.to(self.mlp[0].weight.dtype))
+
+
+# ------------------------------------------------------------------------------------------------------- the model
+
+
+class BagelPreTrainedModel(PreTrainedModel):
+    """What transformers needs to know of the architecture."""
+
+    config: BagelConfig
+    config_class = BagelConfig
+    base_model_prefix = "language_model"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["BagelDecoderLayer", "SiglipEncoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _keys_to_ignore_on_load_missing = [r"(latent|vit)_pos_embed\.pos_embed"]
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, BagelPositionTable):
+            init.copy_(module.pos_embed, module.values())
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
+        """Load our layout or the official one (`ema.safetensors`), as `PreTrainedModel.from_pretrained` does.
+
+        Raises:
+            ValueError: Tensors are missing, unexpected or of another shape; they are named.
+            OSError: A file is missing, truncated or no safetensors.
+        """
+        with_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        check_loading_info(info, pretrained_model_name_or_path)
+        return (model, info) if with_info else model
+
+
+class BagelForConditionalGeneration(BagelPreTrainedModel, GenerationMixin):
+    """Sees images, writes text and predicts the velocity of latents.
+
+    arXiv 2505.14683; official `modeling/bagel/bagel.py`. The VAE is not part of it: latents come in and go out as
+    tokens of latent_patch_size**2 * latent_channels values, row by row.
+    """
+
+    def __init__(self, config: BagelConfig) -> None:
+        super().__init__(config)
+        text, vision = cast(Qwen2Config, config.text_config), cast(SiglipVisionConfig, config.vision_config)
+        self.language_model = BagelLanguageModel(text)
+        self.vit_model = BagelVisionModel(vision, config.vit_max_num_patch_per_side)
+        self.connector = BagelConnector(config)
+        self.vit_pos_embed = BagelPositionTable(config.vit_max_num_patch_per_side, text.hidden_size)
+        self.time_embedder = BagelTimestepEmbedder(text.hidden_size)
+        self.vae2llm = nn.Linear(config.latent_dim, text.hidden_size)
+        self.llm2vae = nn.Linear(text.hidden_size, config.latent_dim)
+        self.latent_pos_embed = BagelPositionTable(config.max_latent_size, text.hidden_size)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The embedding of text ids."""
+        return self.language_model.model.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the embedding of text ids."""
+        self.language_model.model.embed_tokens = value
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The head that predicts text ids."""
+        return self.language_model.lm_head
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        """Replace the head that predicts text ids."""
+        self.language_model.lm_head = value
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        *,
+        segment_ids: Tensor | None = None,
+        roles: Tensor | None = None,
+        sample_ids: Tensor | None = None,
+        vision_mask: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        vision_grids: Tensor | None = None,
+        latents: Tensor | None = None,
+        latent_position_ids: Tensor | None = None,
+        noise: Tensor | None = None,
+        timestep: Tensor | None = None,
+        labels: Tensor | None = None,
+        shift_labels: Tensor | None = None,
+        loss_reduction: Literal["mean", "none"] = "mean",
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        return_dict: bool | None = None,
+    ) -> BagelOutput | tuple[Any, ...]:
+        """Run both streams once; `collate` makes the inputs from segments.
+
+        Args:
+            input_ids: (batch, understanding tokens); any id where `vision_mask` is True.
+            attention_mask: (batch, cached + understanding tokens), 0 on padding. Needed only for cached tokens and
+                for plain text: `segment_ids` says it too.
+            position_ids: (batch, understanding + generation tokens) rope positions; consecutive by default.
+            past_key_values: Keys and values that all tokens see; appended to when `use_cache`.
+            inputs_embeds: (batch, understanding tokens, hidden) instead of `input_ids`.
+            segment_ids: (batch, understanding + generation tokens), rising along a row, -1 on padding. A token sees
+                earlier segments and its own; by default all is one text.
+            roles: Same shape: 0 text (causal), 1 image (sees itself both ways), 2 target (as 1, hidden from others).
+            sample_ids: Same shape: tokens of different samples in one packed row do not see each other.
+            vision_mask: (batch, understanding tokens) bool, True where vision features go.
+            pixel_values: (batch, patches, 3 * patch_size**2), the patches of all images of a row, zero-padded.
+            vision_grids: (batch, images, 2), rows and columns of each image, zero-padded.
+            latents: (batch, generation tokens, latent_dim), clean.
+            latent_position_ids: (batch, generation tokens), row * max_latent_size + column.
+            noise: Like `latents`, for targets; drawn when absent.
+            timestep: (batch, generation tokens) in [0, 1], read on targets; by default one per target, logit-normal
+                and shifted by `config.timestep_shift` (facts of the official trainer).
+            labels: (batch, understanding tokens), shifted inside as in every causal language model.
+            shift_labels: The same, already shifted: the id that each token must predict. -100 is ignored.
+            loss_reduction: "none" returns the losses per token.
+            use_cache: Append to `past_key_values` (made when absent) and return it.
+            logits_to_keep: Number of last tokens, or indices, to compute logits of; 0 is all.
+            return_dict: False for a tuple.
+
+        Raises:
+            ValueError: Tensors that do not fit each other.
+        """
+        # 1. Embed the understanding stream.
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        understanding = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds  # (B, U, D)
+        if pixel_values is not None:
+            features = self.embed_images(pixel_values, vision_grids)
+            understanding = _place(features, vision_mask, understanding)
+
+        # 2. Noise the targets and embed the generation stream.
+        target_mask: Tensor | None = None
+        if latents is None:
+            generation = understanding[:, :0]  # (B, 0, D)
+        else:
+            if roles is None or segment_ids is None or latent_position_ids is None:
+                raise ValueError("latents need roles, segment_ids and latent_position_ids; `collate` makes them")
+            num_latents = latents.shape[1]
+            target_mask = roles[:, -num_latents:] == TARGET  # (B, G)
+            noise = torch.randn_like(latents, dtype=torch.float32) if noise is None else noise
+            timestep = self.sample_timestep(segment_ids[:, -num_latents:]) if timestep is None else timestep
+            timestep = torch.where(target_mask, timestep.float(), 0.0)
+            noisy = torch.lerp(latents.float(), noise.float(), timestep[..., None])
+            generation = self.embed_latents(noisy, timestep, latent_position_ids)  # (B, G, D)
+
+        # 3. Run the experts.
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache()
+        hidden_u, hidden_g = self._run(
+            understanding, generation, attention_mask, position_ids, past_key_values, bool(use_cache),
+            segment_ids, roles, sample_ids,
+        )  # fmt: skip
+
+        # 4. Heads, and losses where there are targets.
+        output = BagelOutput(past_key_values=past_key_values, last_hidden_state=torch.cat([hidden_u, hidden_g], dim=1))
+        if labels is not None:
+            shift_labels = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
+        if shift_labels is not None:
+            output.text_loss = self._text_loss(hidden_u, shift_labels, loss_reduction)
+            output.loss = output.text_loss
+        else:
+            keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else slice(None)
+            output.logits = self.language_model.lm_head(
+                hidden_u[:, keep if isinstance(logits_to_keep, int) else logits_to_keep]
+            )
+        if latents is not None and noise is not None and target_mask is not None and target_mask.any():
+            output.velocity = self.llm2vae(hidden_g).float()
+            error = (output.velocity - (noise.float() - latents.float())).pow(2).mean(-1) * target_mask  # (B, G)
+            output.flow_loss = error if loss_reduction == "none" else error.sum() / target_mask.sum()
+            if loss_reduction == "mean":
+                output.loss = output.flow_loss if output.loss is None else output.loss + output.flow_loss
+        if loss_reduction == "none":
+            output.loss = None
+        return output if return_dict is not False else output.to_tuple()
+
+    def sample_timestep(self, segment_ids: Tensor) -> Tensor:
+        """One shifted logit-normal timestep per segment, spread over its tokens: (batch, tokens) -> the same."""
+        per_segment = torch.randn(segment_ids.shape[0], int(segment_ids.max()) + 2, device=segment_ids.device).sigmoid()
+        shift = self.config.timestep_shift
+        return (shift * per_segment / (1 + (shift - 1) * per_segment)).gather(1, segment_ids + 1)
+
+    def embed_images(self, pixel_values: Tensor, vision_grids: Tensor | None) -> Tensor:
+        """Vision features of all images, in order: (batch, patches, patch_dim) -> (all patches, hidden).
+
+        Raises:
+            ValueError: Grids are missing or do not match the patches or the position table.
+        """
+        if vision_grids is None:
+            raise ValueError("pixel_values need vision_grids, the rows and columns of each image")
+        counts = vision_grids.prod(-1)  # (B, I)
+        if int(counts.sum(1).max()) > pixel_values.shape[1]:
+            raise ValueError(f"vision_grids={vision_grids.tolist()} name more patches than pixel_values {tuple(pixel_values.shape)}")
+        real = torch.arange(pixel_values.shape[1], device=counts.device) < counts.sum(1, keepdim=True)
+        grids = [(int(rows), int(columns)) for rows, columns in vision_grids.reshape(-1, 2).tolist() if rows]
+        side = self.config.vit_max_num_patch_per_side
+        position_ids = torch.cat([grid_position_ids(grid, side) for grid in grids]).to(pixel_values.device)
+        vision = self.vit_model.vision_model
+        patches = pixel_values[real].to(vision.embeddings.patch_embedding.weight.dtype)
+        features = vision(patches, position_ids, [rows * columns for rows, columns in grids])
+        embeds: Tensor = self.connector(features) + self.vit_pos_embed(position_ids)
+        return embeds
+
+    def embed_latents(self, latents: Tensor, timestep: Tensor, position_ids: Tensor) -> Tensor:
+        """(batch, tokens, latent_dim), (batch, tokens), (batch, tokens) -> (batch, tokens, hidden)."""
+        embeds = self.vae2llm(latents.to(self.vae2llm.weight.dtype)) + self.time_embedder(timestep)
+        return cast(Tensor, embeds + self.latent_pos_embed(position_ids))
+
+    def _run(
+        self,
+        understanding: Tensor,
+        generation: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        past_key_values: Cache | None,
+        update_cache: bool,
+        segment_ids: Tensor | None,
+        roles: Tensor | None,
+        sample_ids: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        batch, length = understanding.shape[0], understanding.shape[1] + generation.shape[1]
+        device = understanding.device
+        cached = past_key_values.get_seq_length() if past_key_values is not None else 0
+        past = torch.ones(batch, cached, dtype=torch.bool, device=device)
+        if attention_mask is not None:
+            past = attention_mask[:, :cached].bool()
+        if segment_ids is None:  # plain text, whose padding only attention_mask tells
+            segment_ids = torch.zeros(batch, length, dtype=torch.long, device=device)
+            if attention_mask is not None:
+                segment_ids = torch.where(attention_mask[:, cached:].bool(), segment_ids, PADDING)
+        roles = torch.full_like(segment_ids, TEXT) if roles is None else roles
+        sample_ids = torch.zeros_like(segment_ids) if sample_ids is None else sample_ids
+        if position_ids is None:
+            real = torch.cat([past, segment_ids != PADDING], dim=1)
+            position_ids = (real.cumsum(1) - 1).clamp(min=0)[:, cached:]
+        mask, is_causal = self.attention_mask(past, segment_ids, roles, sample_ids, understanding.dtype)
+        return self.language_model.model(
+            understanding,
+            generation,
+            position_ids,
+            attention_mask=mask,
+            is_causal=is_causal,
+            past_key_values=past_key_values,
+            update_cache=update_cache,
+        )
+
+    def attention_mask(
+        self, past: Tensor, segment_ids: Tensor, roles: Tensor, sample_ids: Tensor, dtype: torch.dtype
+    ) -> tuple[Any, bool]:
+        """The mask in the form that the attention backend takes, and whether it is causal instead.
+
+        A token sees the cache, the earlier segments of its sample that are no target, and its own segment: all of an
+        image, the past of a text (official `create_sparse_mask`).
+
+        Raises:
+            ValueError: Flash attention is set and the rows mix texts and images: it has no such mask.
+        """
+        (batch, cached), length = past.shape, segment_ids.shape[1]
+        backend = cast(Qwen2Config, self.config.text_config)._attn_implementation
+        real = segment_ids != PADDING
+        unpadded = bool(past.all()) and bool(real.all())
+        one_segment = bool((segment_ids == segment_ids.amax(1, keepdim=True))[real].all())
+        sees_all = bool((roles != TEXT)[real].all()) or length == 1
+        if unpadded and one_segment and sees_all:
+            return None, False
+        if "flash" in (backend or ""):
+            if not one_segment or not (sees_all or bool((roles == TEXT).all())):
+                raise ValueError(
+                    f"attn_implementation={backend!r} cannot mix segments in one call; use flex_attention or sdpa"
+                )
+            return None if unpadded else torch.cat([past, real], dim=1), not sees_all
+
+        def visible(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            q, k = query - cached, (key - cached).clamp(min=0)
+            q_segment, k_segment = segment_ids[row, q], segment_ids[row, k]
+            earlier = (k_segment < q_segment) & (roles[row, k] != TARGET) & (k_segment != PADDING)
+            own = (k_segment == q_segment) & ((roles[row, q] != TEXT) | (k <= q))
+            current = (sample_ids[row, k] == sample_ids[row, q]) & (earlier | own)
+            in_past = past[row, key.clamp(max=cached - 1)] if cached else torch.zeros_like(current)
+            return torch.where(key < cached, in_past, current)
+
+        mask = ALL_MASK_ATTENTION_FUNCTIONS[backend or "eager"](
+            batch_size=batch,
+            q_length=length,
+            kv_length=cached + length,
+            q_offset=cached,
+            mask_function=visible,
+            dtype=dtype,
+            device=segment_ids.device,
+            allow_is_causal_skip=False,
+            allow_is_bidirectional_skip=False,
+        )
+        return mask, False
+
+    def _text_loss(self, hidden: Tensor, shift_labels: Tensor, reduction: str) -> Tensor:
+        labelled = shift_labels != IGNORE  # (B, U)
+        logits = self.language_model.lm_head(hidden[labelled]).float()  # (labelled, vocabulary): the full table is huge
+        losses = F.cross_entropy(logits, shift_labels[labelled], reduction="none")
+        if reduction == "mean":
+            return losses.mean()
+        return torch.zeros(labelled.shape, device=losses.device).masked_scatter(labelled, losses)
+
+    # ------------------------------------------------------------------------------------------------- inference
+
+    def prefill(self, context: Context, segments: Sequence[Segment | None]) -> Context:
+        """Append one segment per row (None appends nothing) and return the new context.
+
+        The given context must not be used afterwards; `copy` it first to keep it.
+        """
+        batch = collate(
+            [[] if segment is None else [segment] for segment in segments],
+            max_latent_size=self.config.max_latent_size,
+            first_positions=context.next_position.tolist(),
+        )
+        inputs = {name: value.to(self.device) for name, value in batch.items()}
+        output = self(**inputs, attention_mask=context.attention_mask, past_key_values=context.cache, use_cache=True, logits_to_keep=1)
+        advance = [0 if segment is None else segment.rope_advance for segment in segments]
+        return Context(
+            output.past_key_values,
+            torch.cat([context.attention_mask, inputs["segment_ids"] != PADDING], dim=1),
+            context.next_position + torch.tensor(advance, device=context.next_position.device),
+        )
+
+    def predict_velocity(self, latents: Tensor, timestep: Tensor, context: Context, grids: Sequence[Grid]) -> Tensor:
+        """Velocity (noise minus data) of noisy images that see their context and leave it as it is.
+
+        Args:
+            latents: (batch, tokens, latent_dim), shorter images padded at the end.
+            timestep: (batch,) in [0, 1].
+            context: One row per image.
+            grids: Rows and columns of each image, in tokens.
+
+        Returns:
+            (batch, tokens, latent_dim) float32; without meaning on padding.
+        """
+        batch, num_tokens, _ = latents.shape
+        device = latents.device
+        ids = [grid_position_ids(grid, self.config.max_latent_size) for grid in grids]
+        position_ids = F.pad(pad_sequence(ids, batch_first=True), (0, num_tokens - max(map(len, ids)))).to(device)
+        lengths = torch.tensor([len(x) for x in ids], device=device)
+        markers = torch.tensor([self.config.start_of_image_token_id, self.config.end_of_image_token_id], device=device)
+        understanding = self.get_input_embeddings()(markers).expand(batch, -1, -1)  # (B, 2, D)
+        generation = self.embed_latents(latents, timestep.to(device)[:, None].expand(-1, num_tokens), position_ids)
+        real = torch.arange(-2, num_tokens, device=device) < lengths[:, None]  # (B, 2 + tokens)
+        segment_ids = torch.where(real, 0, PADDING)
+        _, hidden = self._run(
+            understanding,
+            generation,
+            context.attention_mask,
+            context.next_position[:, None].expand(-1, num_tokens + 2),
+            context.cache,
+            False,
+            segment_ids,
+            torch.full_like(segment_ids, IMAGE),
+            None,
+        )
+        velocity: Tensor = self.llm2vae(hidden).float()
+        return velocity
+
+    def generate_from(self, context: Context, max_new_tokens: int, **kwargs: Any) -> Tensor:
+        """Write text after a context, which stays as it is: ids (batch, at most max_new_tokens).
+
+        Keyword arguments are those of `generate`.
+        """
+        batch, cached = context.attention_mask.shape
+        bos = torch.full((batch, 1), cast(int, self.config.bos_token_id), device=self.device)
+        input_ids = torch.cat([bos.expand(-1, cached), bos], dim=1)  # generate counts cached tokens by their ids
+        attention_mask = torch.cat([context.attention_mask.to(self.device), torch.ones_like(bos, dtype=torch.bool)], dim=1)
+        position_ids = (attention_mask.cumsum(1) - attention_mask.sum(1, keepdim=True)) + context.next_position[:, None]
+        ids = self.generate(
+            input_ids=input_ids,
+            attention_mask=attention_mask.long(),
+            position_ids=position_ids,
+            past_key_values=context.copy().cache,
+            max_new_tokens=max_new_tokens,
+            **kwargs,
+        )
+        return cast(Tensor, ids)[:, cached + 1 :]
+
+    def prepare_inputs_for_generation(self, *args: Any, is_first_iteration: bool | None = False, **kwargs: Any) -> dict[str, Any]:
+        """The tensors that describe segments and images belong to the first step; what follows is text."""
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(*args, is_first_iteration=is_first_iteration, **kwargs)
+        if not is_first_iteration:
+            for name in ("segment_ids", "roles", "sample_ids", "vision_mask", "pixel_values", "vision_grids"):
+                inputs.pop(name, None)
+        return inputs
+
+
+def _place(features: Tensor, mask: Tensor | None, embeds: Tensor) -> Tensor:
+    """Put features (patches, hidden) into the masked places of (batch, tokens, hidden)."""
+    places = 0 if mask is None else int(mask.sum())
+    if mask is None or places != features.shape[0]:
+        raise ValueError(f"vision_mask marks {places} tokens, but the images have {features.shape[0]} patches")
+    return embeds.masked_scatter(mask[..., None], features.to(embeds.dtype))
