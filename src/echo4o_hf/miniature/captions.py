@@ -48,7 +48,7 @@ def draw_item(tag: str, rng: np.random.Generator) -> Item:
 
 
 def sample_item(rng: np.random.Generator, tag: str | None = None) -> Item:
-    """Draw an item for training: of any tag unless one is named, never one that asks for what a benchmark item asks."""
+    """Draw an item for training, of any tag unless one is named, never asking for what a benchmark item asks."""
     while is_held_out(item := draw_item(tag or str(rng.choice(TAGS)), rng)):
         pass
     return item
@@ -88,7 +88,7 @@ def corrupt(item: Item, rng: np.random.Generator, p: float = 0.4) -> str:
                         unsaid.add(name)
                     else:
                         wrong[name] = others[int(rng.integers(len(others)))]
-            clauses.append(replace(clause, **wrong))  # type: ignore[arg-type]
+            clauses.append(replace(clause, **wrong))
             omit.append(frozenset(unsaid))
         caption = caption_for(clauses, rng, omit)
         if not is_held_out(caption):

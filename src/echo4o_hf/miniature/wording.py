@@ -95,8 +95,8 @@ def _parse_phrase(text: str) -> Clause | None:
     )
     if match is None:
         return None
-    noun = _SINGULARS.get(match["noun"], match["noun"])
+    noun = _SINGULARS.get(match["noun"], str(match["noun"]))
     if noun not in SHAPES:
         return None
     count = COUNT_WORDS.index(match["count"]) + 1 if match["count"] in COUNT_WORDS else 1
-    return Clause(noun, count, match["color"], regions.get(match["region"]), match["size"])
+    return Clause(noun, count, match["color"], regions.get(match["region"] or ""), match["size"])
