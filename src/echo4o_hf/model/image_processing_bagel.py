@@ -45,6 +45,7 @@ class BagelImageProcessor(BaseImageProcessor):
         image_std: list[float] | None = None,
         **kwargs: Any,
     ) -> None:
+        """See the class."""
         super().__init__(**kwargs)
         self.latent_size = _checked_size("latent_size", {**OFFICIAL_LATENT_SIZE, **(latent_size or {})})
         self.vision_size = _checked_size("vision_size", {**OFFICIAL_VISION_SIZE, **(vision_size or {})})
@@ -57,7 +58,8 @@ class BagelImageProcessor(BaseImageProcessor):
     @classmethod
     def from_bagel_config(cls, config: BagelConfig) -> BagelImageProcessor:
         """The rules a model of these position tables can take; the published sizes for the published model."""
-        latent_stride, patch_size = config.latent_stride, config.vision_config.patch_size
+        latent_stride = config.latent_stride
+        patch_size = int(config.vision_config.patch_size)  # type: ignore[union-attr]
         latent_max = config.max_latent_size * latent_stride
         vision_max = config.vit_max_num_patch_per_side * patch_size
         latent_min = _rounded_to(latent_max / 2, latent_stride)
@@ -162,7 +164,7 @@ def _read(path: str | os.PathLike[str]) -> Image.Image:
             return ImageOps.exif_transpose(image)
     except FileNotFoundError as error:
         raise ValueError(f"there is no image at {os.fspath(path)!r}") from error
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError) as error:
         raise ValueError(f"{os.fspath(path)!r} does not decode as an image: {error}") from error
 
 

@@ -1,0 +1,170 @@
+"""Text and images -> token rows of the understanding stream.
+
+transformers' processors expand placeholder tokens in one text; Bagel's rows carry rope ids and segments that follow
+no tokenizer template, so `BagelProcessor` builds them itself.
+
+Letters: B rows, U tokens of the longest row, P patches of the row with most, I images of the row with most.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.image_processing_utils import BatchFeature
+from transformers.processing_utils import ProcessorMixin
+
+from .image_processing_bagel import BagelImageProcessor, ImageLike
+from .packing import PADDING, Segment, collate, patchify
+
+# In the order in which the official code adds those that a tokenizer lacks.
+SPECIAL_TOKENS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
+
+
+class BagelProcessor(ProcessorMixin):
+    """Tokenizer and image processor of Bagel.
+
+    Args:
+        image_processor: the two resize rules.
+        tokenizer: Qwen2's. Special tokens that it lacks are added at its end.
+    """
+
+    def __init__(self, image_processor: BagelImageProcessor, tokenizer: PreTrainedTokenizerBase) -> None:
+        """See the class."""
+        super().__init__(image_processor, tokenizer)
+        # `add_tokens` counts tokens that existed already (seen with transformers 5.23): ask before, trust no count.
+        known = tokenizer.get_added_vocab()
+        tokenizer.add_tokens([token for token in SPECIAL_TOKENS if token not in known], special_tokens=True)
+        ids = [int(tokenizer.convert_tokens_to_ids(token)) for token in SPECIAL_TOKENS]  # type: ignore[arg-type]
+        self.bos_token_id, self.eos_token_id, self.start_of_image_token_id, self.end_of_image_token_id = ids
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
+    ) -> BagelProcessor:
+        """Loads what `save_pretrained` wrote, from a folder or the Hub.
+
+        The library's own method asks `AutoImageProcessor`, which knows our class only after registration.
+        """
+        image_processor = BagelImageProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs)
+        tokenizer = AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs)
+        return cls(image_processor, tokenizer)
+
+    @property
+    def model_input_names(self) -> list[str]:
+        """Names of what `__call__` returns."""
+        row_names = ["input_ids", "attention_mask", "position_ids", "segment_ids", "roles", "sample_ids"]
+        return row_names + ["vision_mask", "pixel_values", "vision_grids"]
+
+    def text_segment(self, text: str) -> Segment:
+        """[bos] + text + [eos].
+
+        Raises:
+            ValueError: not a string, empty, or longer than the tokenizer's `model_max_length`.
+        """
+        if not isinstance(text, str):
+            raise ValueError(f"a prompt must be a string, got {type(text).__name__}: {text!r:.80}")
+        if not text.strip():
+            raise ValueError(f"a prompt must hold text, got {text!r}")
+        ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        limit = self.tokenizer.model_max_length
+        if len(ids) + 2 > limit:
+            raise ValueError(f"the prompt has {len(ids) + 2} tokens, the tokenizer's limit is {limit}: shorten it")
+        return Segment(role="text", input_ids=[self.bos_token_id, *ids, self.eos_token_id])
+
+    def vision_segment(self, image: ImageLike, from_original: bool = False) -> Segment:
+        """[start of image] + patches + [end of image].
+
+        Inference cuts the patches from the image *after* the latent resize, training from the original
+        (`from_original`); both follow the official code.
+        """
+        if not from_original:
+            image = self.image_processor.resize_for_latents(image)
+        patch_size = self.image_processor.patch_size
+        pixels = self.image_processor.vision_pixels(image)  # (3, height, width)
+        return Segment(
+            role="vision",
+            input_ids=[self.start_of_image_token_id, self.end_of_image_token_id],
+            patches=patchify(pixels, patch_size),
+            grid=(pixels.shape[1] // patch_size, pixels.shape[2] // patch_size),
+        )
+
+    def __call__(
+        self,
+        text: str | list[str],
+        images: ImageLike | Sequence[ImageLike] | Sequence[Sequence[ImageLike]] | None = None,
+        return_tensors: str = "pt",
+        padding: bool = True,
+    ) -> BatchFeature:
+        """Rows for `BagelForConditionalGeneration.generate`: the images, then the text, then the [bos] of the answer.
+
+        Args:
+            text: one question, or one per row.
+            images: one image, the images of the one question, or one list per question.
+            return_tensors: "pt" or "np".
+            padding: False if all rows have the same length anyway.
+
+        Returns:
+            What `collate` makes of the segments, padded on the left: (B, U) input_ids, attention_mask, position_ids
+            (rope), segment_ids, roles, sample_ids; with images also vision_mask (B, U), pixel_values
+            (B, P, patch_dim) and vision_grids (B, I, 2). Patches and padding carry the tokenizer's padding id.
+
+        Raises:
+            ValueError: a prompt or image that cannot be used, counts that do not fit, rows of unequal length
+                without padding.
+        """
+        texts = [text] if isinstance(text, str) else list(text)
+        if not texts:
+            raise ValueError("no text given; pass a question or a list of questions")
+        bos = Segment(role="text", input_ids=[self.bos_token_id])
+        rows = [
+            [*map(self.vision_segment, row_images), self.text_segment(row_text), bos]
+            for row_text, row_images in zip(texts, images_per_text(images, len(texts)), strict=True)
+        ]
+        data = collate(rows, max_latent_size=0, padding_side="left")
+        is_text_id = attention_mask = data["segment_ids"] != PADDING  # (B, U)
+        if not padding and not attention_mask.all():
+            raise ValueError(f"the rows have {attention_mask.sum(1).tolist()} tokens; pass padding=True to stack them")
+        if "vision_mask" in data:
+            is_text_id = attention_mask & ~data["vision_mask"]
+        data["input_ids"] = data["input_ids"].masked_fill(~is_text_id, self._placeholder_id)
+        data["attention_mask"] = attention_mask.long()
+        return BatchFeature(data, tensor_type=return_tensors)
+
+    @property
+    def _placeholder_id(self) -> int:
+        pad_token_id: int | None = self.tokenizer.pad_token_id
+        return self.eos_token_id if pad_token_id is None else pad_token_id
+
+
+def images_per_text(images: Any, num_texts: int) -> list[list[ImageLike]]:
+    """One list of images per text, from any of the accepted forms.
+
+    Args:
+        images: None, one image, the images of the one text, or one list (or None) per text.
+        num_texts: how many texts there are.
+
+    Raises:
+        ValueError: the images cannot be told apart between several texts, or there are too many or too few lists.
+    """
+    if images is None:
+        return [[] for _ in range(num_texts)]
+    if isinstance(images, (Image.Image, np.ndarray, torch.Tensor, str, os.PathLike)):
+        images = [images]
+    if not isinstance(images, (list, tuple)):
+        raise ValueError(f"images must be an image, a list of images or a list of lists, got {type(images).__name__}")
+    nested = [item is None or isinstance(item, (list, tuple)) for item in images]
+    if any(nested) and not all(nested):
+        raise ValueError("images mixes lists and single images; pass one list of images per text")
+    if not any(nested):
+        if num_texts != 1:
+            raise ValueError(f"{len(images)} images for {num_texts} texts: pass a list of lists, one list per text")
+        return [list(images)]
+    if len(images) != num_texts:
+        raise ValueError(f"{len(images)} lists of images for {num_texts} texts; pass one list per text")
+    return [list(item or []) for item in images]
