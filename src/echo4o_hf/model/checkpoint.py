@@ -1,0 +1,319 @@
+"""Where a checkpoint is, in which layout, and what is loaded from it.
+
+A checkpoint is a folder, a folder inside one (`Echo-4o/`), a bundled name or a Hub name, in one of three layouts:
+
+    "official"  ema.safetensors, ae.safetensors, llm_config.json, ... as ByteDance-Seed and Yejy53 publish
+    "pipeline"  model_index.json with model/, vae/, scheduler/, processor/: what `Echo4oPipeline` saves
+    "model"     config.json with model.safetensors: what `BagelForConditionalGeneration` saves
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from huggingface_hub import get_cached_repo_tree, snapshot_download
+from huggingface_hub.errors import (
+    CachedRepoTreeNotFoundError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+)
+
+from .files import WEIGHTS_FILES, check_finite, check_loading_info, listing, shortened, weights_file
+from .official import TOKENIZER_FILES, load_tokenizer, official_config_dict, vae_config, write_official
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import AutoencoderKL
+
+    from .configuration_bagel import BagelConfig
+    from .processing_bagel import BagelProcessor
+
+__all__ = [
+    "check_finite",
+    "check_loading_info",
+    "find_official_files",
+    "is_official_layout",
+    "layout",
+    "layout_of",
+    "load_components",
+    "load_processor",
+    "official_config_dict",
+    "resolve",
+    "write_official",
+]
+
+BUNDLED = Path(__file__).parents[1] / "miniature" / "checkpoints"
+BUNDLED_NAMES = ("bagel-miniature", "echo4o-miniature")
+SHARED = BUNDLED / "shared"  # what the bundled checkpoints have in common
+
+PIPELINE_FILE = "model_index.json"
+COMPONENTS = ("model", "vae", "scheduler", "processor")
+OFFICIAL_FILES = ("ema.safetensors", "ae.safetensors", "llm_config.json", "vit_config.json")
+OFFICIAL_SHIFT = 3.0  # of the sampling schedule
+CONFIG_FILES = (
+    "config.json",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+)
+
+
+def resolve(
+    path: str | os.PathLike[str],
+    revision: str | None = None,
+    subfolder: str | None = None,
+    component: str | None = None,
+    **hub_options: Any,
+) -> Path:
+    """The local folder of a checkpoint; from the Hub, only the files needed are downloaded (or found in the cache).
+
+    Args:
+        path: a folder, a bundled name (a folder of that name in the working directory wins) or a Hub name.
+        revision: branch, tag or commit on the Hub.
+        subfolder: where inside; found by itself if exactly one folder holds a checkpoint.
+        component: if the checkpoint is a saved pipeline, the folder of this part ("model", "vae", ...).
+        **hub_options: `cache_dir`, `token`, `local_files_only`, `force_download` of `snapshot_download`.
+
+    Raises:
+        OSError: nothing there, no checkpoint in it, no weights, or no network.
+        ValueError: several checkpoints to choose from.
+    """
+    root, names = _names(path, revision, subfolder, hub_options)
+    place = _place(names, subfolder, path)
+    if place is None:
+        raise FileNotFoundError(
+            f"no checkpoint in {path}{f', subfolder {subfolder!r}' if subfolder else ''}: looked for {PIPELINE_FILE} "
+            f"(a saved pipeline), {', '.join(OFFICIAL_FILES)} (the official layout), or config.json with "
+            f"model.safetensors, there or in one folder inside; found {shortened(sorted(names), 12) or 'nothing'}"
+        )
+    if _local_folder(path) is None:
+        wanted = _wanted_files(_inside(names, place), component)
+        _download(str(path), root.name, [f"{place}{name}" for name in wanted], hub_options)
+    folder = root / place
+    if layout(folder) == "official":
+        weights_file(folder)
+    return folder if component is None else component_folder(folder, component)
+
+
+def find_official_files(
+    path: str | os.PathLike[str], revision: str | None = None, subfolder: str | None = None, **hub_options: Any
+) -> Path | None:
+    """As `resolve`, but None if `path` is not in the official layout, and from the Hub without the weights.
+
+    Raises:
+        OSError: `path` is neither here nor on the Hub, or there is no network.
+        ValueError: several checkpoints to choose from.
+    """
+    if os.path.isfile(path):  # a JSON file, which transformers takes as a configuration
+        return None
+    root, names = _names(path, revision, subfolder, hub_options)
+    place = _place(names, subfolder, path)
+    if place is None or layout_of(_inside(names, place)) != "official":
+        return None
+    if _local_folder(path) is None:
+        wanted = [name for name in _wanted_files(_inside(names, place)) if not name.endswith(".safetensors")]
+        _download(str(path), root.name, [f"{place}{name}" for name in wanted], hub_options)
+    return root / place
+
+
+def is_official_layout(
+    path: str | os.PathLike[str], subfolder: str | None = None, revision: str | None = None, **hub_options: Any
+) -> bool:
+    """Whether `path` (as in `resolve`) is a checkpoint in the official layout."""
+    return find_official_files(path, revision, subfolder, **hub_options) is not None
+
+
+def layout(folder: Path) -> str | None:
+    """The layout of a folder: official, pipeline or model; None for another folder."""
+    return layout_of({entry.name for entry in folder.iterdir()})
+
+
+def layout_of(names: Collection[str]) -> str | None:
+    """The layout of a folder that holds these names."""
+    if PIPELINE_FILE in names:
+        return "pipeline"
+    if any(name in names for name in OFFICIAL_FILES):
+        return "official"
+    if "config.json" in names and any(name in names for name in WEIGHTS_FILES):
+        return "model"
+    return None
+
+
+def component_folder(folder: Path, component: str) -> Path:
+    """The folder of one part of a saved pipeline; the other layouts keep all in one folder.
+
+    Raises:
+        FileNotFoundError: the part is missing.
+    """
+    if layout(folder) != "pipeline":
+        return folder
+    candidates = [folder / component, *([SHARED / component] if folder.parent == BUNDLED else [])]
+    for candidate in candidates:
+        if candidate.is_dir():
+            return candidate
+    raise FileNotFoundError(f"the pipeline in {folder} has no {component}/; it holds {listing(folder)}")
+
+
+# ------------------------------------------------------------------------------------------------ loading the parts
+
+
+def load_components(
+    path: str | os.PathLike[str],
+    dtype: torch.dtype | str | None = None,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    device_map: Any = None,
+    quantization_config: Any = None,
+    **hub_options: Any,
+) -> dict[str, Any]:
+    """`model`, `vae`, `scheduler` and `processor` of a checkpoint that has them all, in either layout.
+
+    Args:
+        path: as in `resolve`.
+        dtype: of model and VAE; None keeps those of the files.
+        revision: as in `resolve`.
+        subfolder: as in `resolve`.
+        device_map: for the model, as in transformers; the VAE goes to the model's device.
+        quantization_config: for the model, transformers' or diffusers' `PipelineQuantizationConfig`.
+        **hub_options: as in `resolve`.
+
+    Raises:
+        OSError: files are missing or damaged, or there is no network.
+        ValueError: configuration and tensors do not fit, or weights are not finite.
+    """
+    from diffusers import FlowMatchEulerDiscreteScheduler
+    from diffusers.quantizers import PipelineQuantizationConfig
+
+    from .modeling_bagel import BagelForConditionalGeneration
+
+    folder = resolve(path, revision, subfolder, **hub_options)
+    if isinstance(quantization_config, PipelineQuantizationConfig):
+        quantization_config = quantization_config._resolve_quant_config(is_diffusers=False, module_name="model")
+    model = BagelForConditionalGeneration.from_pretrained(
+        component_folder(folder, "model"), dtype=dtype, device_map=device_map, quantization_config=quantization_config
+    )
+    vae = _load_vae(folder, dtype)
+    check_finite(vae, component_folder(folder, "vae"))
+    if device_map is not None:
+        vae.to(model.device)
+    if layout(folder) == "pipeline":
+        scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(component_folder(folder, "scheduler"))
+    else:
+        scheduler = FlowMatchEulerDiscreteScheduler(shift=OFFICIAL_SHIFT)
+    return {"model": model, "vae": vae, "scheduler": scheduler, "processor": load_processor(folder, model.config)}
+
+
+def load_processor(folder: Path, config: BagelConfig) -> BagelProcessor:
+    """The processor of a checkpoint; in the official layout, the model's tables of positions limit the image sizes."""
+    from .image_processing_bagel import BagelImageProcessor
+    from .processing_bagel import BagelProcessor
+
+    if layout(folder) == "pipeline":
+        return BagelProcessor.from_pretrained(component_folder(folder, "processor"))
+    return BagelProcessor(BagelImageProcessor.from_bagel_config(config), load_tokenizer(folder))
+
+
+def _load_vae(folder: Path, dtype: torch.dtype | str | None) -> AutoencoderKL:
+    import torch
+    from diffusers import AutoencoderKL
+
+    from .vae import load_vae
+
+    if isinstance(dtype, str):
+        dtype = None if dtype == "auto" else getattr(torch, dtype)
+    if layout(folder) != "pipeline":
+        return load_vae(folder, vae_config(folder), dtype)
+    return AutoencoderKL.from_pretrained(component_folder(folder, "vae"), torch_dtype=dtype)
+
+
+# ------------------------------------------------------------------------------------------------ folders and the Hub
+
+
+def _local_folder(path: str | os.PathLike[str]) -> Path | None:
+    """A folder, or the bundled one of that name; None for a name on the Hub.
+
+    Raises:
+        FileNotFoundError: a bundled name whose files are not installed.
+    """
+    if os.path.isdir(path):
+        return Path(path)
+    if str(path) not in BUNDLED_NAMES:
+        return None
+    if not (BUNDLED / path).is_dir():
+        raise FileNotFoundError(f"{path} is not part of this installation ({BUNDLED} holds {listing(BUNDLED)})")
+    return BUNDLED / path
+
+
+def _names(
+    path: str | os.PathLike[str], revision: str | None, subfolder: str | None, hub_options: dict[str, Any]
+) -> tuple[Path, set[str]]:
+    """The root folder of a checkpoint and the files in it, as far as they matter, relative to it."""
+    root = _local_folder(path)
+    if root is None:
+        return _repository(str(path), revision, hub_options)
+    places = [root / subfolder] if subfolder else [root, *(entry for entry in root.iterdir() if entry.is_dir())]
+    return root, {file.relative_to(root).as_posix() for place in places if place.is_dir() for file in place.iterdir()}
+
+
+def _place(names: set[str], subfolder: str | None, path: object) -> str | None:
+    """Where among the files the checkpoint is: "" or a folder with a slash at its end; None if nowhere."""
+    if subfolder:
+        places = [subfolder.strip("/") + "/"]
+    else:
+        places = ["", *sorted({name.split("/")[0] + "/" for name in names if "/" in name})]
+    found = [place for place in places if layout_of(_inside(names, place))]
+    if found[:1] == [""]:
+        return ""
+    if len(found) > 1:
+        raise ValueError(f"{path} holds several checkpoints: {', '.join(found)}; choose one with subfolder=")
+    return found[0] if found else None
+
+
+def _inside(names: set[str], place: str) -> set[str]:
+    return {name.removeprefix(place) for name in names if name.startswith(place)}
+
+
+def _wanted_files(names: set[str], component: str | None = None) -> list[str]:
+    """The files of a checkpoint that are worth downloading."""
+    if PIPELINE_FILE in names:
+        parts = COMPONENTS if component is None else (component,)
+        return sorted(name for name in names if name == PIPELINE_FILE or name.split("/")[0] in parts)
+    weights = next((name for name in WEIGHTS_FILES if name in names), "")
+    stem = weights.removesuffix(".safetensors.index.json")
+    shards = {
+        name for name in names if weights != stem and name.startswith(f"{stem}-") and name.endswith(".safetensors")
+    }
+    return sorted(names & {weights, *OFFICIAL_FILES[1:], *CONFIG_FILES, *TOKENIZER_FILES} | shards)
+
+
+def _repository(name: str, revision: str | None, hub_options: dict[str, Any]) -> tuple[Path, set[str]]:
+    """The snapshot folder of a Hub repository (named after the commit) and the names of all its files."""
+    folder = _download(name, revision, ["*config.json", PIPELINE_FILE], hub_options)
+    try:
+        tree = get_cached_repo_tree(name, revision=folder.name, cache_dir=hub_options.get("cache_dir"))
+    except CachedRepoTreeNotFoundError:  # cached by an older huggingface_hub, and the Hub is out of reach
+        return folder, {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()}
+    return folder, {entry.path for entry in tree}
+
+
+def _download(name: str, revision: str | None, patterns: list[str], hub_options: dict[str, Any]) -> Path:
+    """`snapshot_download` with errors that say how to go on."""
+    where = f"{name!r}" + (f" (revision {revision!r})" if revision else "")
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, **hub_options))
+    except HFValidationError as error:
+        raise FileNotFoundError(f"{name!r} is neither a folder nor a name on the Hub ({error})") from error
+    except LocalEntryNotFoundError as error:
+        raise OSError(
+            f"{where} is no folder in {Path.cwd()} and not (whole) in the Hub's cache, and the Hub cannot be asked "
+            f"({error}). Give the path of a folder, or run once with network and HF_HUB_OFFLINE unset"
+        ) from error
+    except HfHubHTTPError as error:
+        raise OSError(
+            f"{where} is no folder in {Path.cwd()} and cannot be had from the Hub: {error}. Check the name and the "
+            "revision; private and gated repositories need `hf auth login`"
+        ) from error
