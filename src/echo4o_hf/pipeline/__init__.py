@@ -1,0 +1,1 @@
+"""The pipeline: from prompts and references to images."""
