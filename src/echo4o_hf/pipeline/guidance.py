@@ -10,6 +10,7 @@ Letters: B batch, N latent tokens, D values of a token.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
@@ -19,49 +20,77 @@ Renorm = Literal["global", "channel", "text_channel"]
 RENORMS: tuple[str, ...] = get_args(Renorm)
 
 
-def is_active(timestep: Tensor, interval: tuple[float, float]) -> bool:
-    """Whether guidance acts at a (shifted) timestep: the interval is open below and closed above."""
-    # As tensors, so that 0.4 is the same float32 on both sides.
-    return bool(timestep > interval[0]) and bool(timestep <= interval[1])
+@dataclass(frozen=True)
+class Guidance:
+    """How strongly, when and how an image is guided.
+
+    Attributes:
+        text_scale: 1 or less is no guidance at all, whatever `image_scale` says.
+        image_scale: 1 or less is none by images.
+        interval: shifted timesteps at which guidance acts, open below and closed above.
+        renorm: what the result is shrunk to: "global", the norm of the image; "channel", that of each token;
+            "text_channel", that of each token before the images act.
+        renorm_min: the factor of shrinking is not smaller.
+
+    Raises:
+        ValueError: an unknown `renorm`, an interval whose end is before its start, `renorm_min` outside of [0, 1].
+    """
+
+    text_scale: float
+    image_scale: float
+    interval: tuple[float, float]
+    renorm: Renorm
+    renorm_min: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        if self.renorm not in RENORMS:
+            raise ValueError(f"guidance_renorm={self.renorm!r} is unknown; choose one of {', '.join(RENORMS)}")
+        if len(self.interval) != 2 or not self.interval[0] <= self.interval[1]:
+            raise ValueError(
+                f"guidance_interval={self.interval} must be (start, end) with start <= end, as (0.4, 1.0)"
+            )
+        if not 0 <= self.renorm_min <= 1:
+            raise ValueError(f"guidance_renorm_min={self.renorm_min} must be between 0 and 1")
+
+    def is_active(self, timestep: Tensor) -> bool:
+        """Whether guidance acts at a shifted timestep."""
+        start, end = self.interval
+        # Compared as tensors, so that 0.4 is the same float32 on both sides.
+        return self.text_scale > 1 and bool(timestep > start) and bool(timestep <= end)
+
+
+# The documented settings of Bagel for text-to-image, and of Bagel and Echo-4o for editing and references.
+TEXT_TO_IMAGE = Guidance(text_scale=4.0, image_scale=1.0, interval=(0.4, 1.0), renorm="global")
+REFERENCES = Guidance(text_scale=4.0, image_scale=2.0, interval=(0.0, 1.0), renorm="text_channel")
 
 
 def guide(
-    velocity: Tensor,
-    without_text: Tensor,
-    without_images: Tensor,
-    *,
-    text_scale: float,
-    image_scale: float,
-    renorm: Renorm,
-    renorm_min: float = 0.0,
-    mask: Tensor | None = None,
+    velocity: Tensor, without_text: Tensor, without_images: Tensor, guidance: Guidance, mask: Tensor | None = None
 ) -> Tensor:
-    """The guided velocity.
+    """The guided velocity of images at whose timestep guidance is active.
 
     Args:
         velocity: (B, N, D), of the whole context.
         without_text: (B, N, D), of the context without its last text.
-        without_images: (B, N, D), of the context without images; not read if `image_scale` <= 1.
-        text_scale: 1 or less is no guidance at all, whatever `image_scale` says.
-        image_scale: 1 or less is none by images.
-        renorm: what the result is shrunk to: "global", the norm of the image; "channel", that of each token;
-            "text_channel", that of each token before the images act.
-        renorm_min: the factor of shrinking is not smaller.
+        without_images: (B, N, D), of the context without images; not read if the image scale is 1 or less.
+        guidance: the settings.
         mask: (B, N) bool, False on padding.
 
     Returns:
         (B, N, D). Each image has its own norm; the official "global" takes one over the whole batch, so that the
         images of a batch change each other.
     """
-    if text_scale <= 1:
+    if guidance.text_scale <= 1:
         return velocity
-    guided = without_text + text_scale * (velocity - without_text)
-    if renorm == "text_channel":
-        guided = shrink(guided, velocity, per_token=True, minimum=renorm_min, mask=mask)
-    if image_scale > 1:
-        guided = without_images + image_scale * (guided - without_images)
-    if renorm != "text_channel":
-        guided = shrink(guided, velocity, per_token=renorm == "channel", minimum=renorm_min, mask=mask)
+    guided = without_text + guidance.text_scale * (velocity - without_text)
+    if guidance.renorm == "text_channel":
+        guided = shrink(guided, velocity, per_token=True, minimum=guidance.renorm_min, mask=mask)
+    if guidance.image_scale > 1:
+        guided = without_images + guidance.image_scale * (guided - without_images)
+    if guidance.renorm != "text_channel":
+        per_token = guidance.renorm == "channel"
+        guided = shrink(guided, velocity, per_token=per_token, minimum=guidance.renorm_min, mask=mask)
     return guided
 
 
@@ -71,4 +100,5 @@ def shrink(guided: Tensor, reference: Tensor, *, per_token: bool, minimum: float
     if mask is not None:
         guided, reference = (x.masked_fill(~mask[..., None], 0) for x in (guided, reference))
     norms = [torch.linalg.vector_norm(x, dim=dims, keepdim=True) for x in (guided, reference)]  # (B, N or 1, 1)
-    return guided * (norms[1] / (norms[0] + 1e-8)).clamp(minimum, 1)
+    factor: Tensor = (norms[1] / (norms[0] + 1e-8)).clamp(minimum, 1)
+    return guided * factor
