@@ -1,7 +1,8 @@
 """Registration with transformers' Auto classes, without importing transformers.
 
-transformers has no entry points for models outside of it. Each Auto module is registered with right after it has been
-imported, or at once where that already happened.
+transformers has no entry points for models outside of it. Configuration and processors are registered right after the
+Auto module has been imported, or at once where that already happened. Models follow when a `BagelConfig` is made, which
+every `AutoModel` does first: while the Auto modules are imported, what a model needs may be half imported itself.
 """
 
 from __future__ import annotations
@@ -20,14 +21,6 @@ def _register_config(auto: ModuleType) -> None:
     auto.AutoConfig.register("bagel", BagelConfig, exist_ok=True)
 
 
-def _register_model(auto: ModuleType) -> None:
-    from .model.configuration_bagel import BagelConfig
-    from .model.modeling_bagel import BagelForConditionalGeneration
-
-    for auto_class in (auto.AutoModel, auto.AutoModelForImageTextToText, auto.AutoModelForMultimodalLM):
-        auto_class.register(BagelConfig, BagelForConditionalGeneration, exist_ok=True)
-
-
 def _register_image_processor(auto: ModuleType) -> None:
     from .model.configuration_bagel import BagelConfig
     from .model.image_processing_bagel import BagelImageProcessor
@@ -42,9 +35,13 @@ def _register_processor(auto: ModuleType) -> None:
     auto.AutoProcessor.register(BagelConfig, BagelProcessor, exist_ok=True)
 
 
+def _nothing(auto: ModuleType) -> None:
+    """Watched only because configuration_auto is imported halfway through it."""
+
+
 _REGISTER: dict[str, Callable[[ModuleType], None]] = {
     "transformers.models.auto.configuration_auto": _register_config,
-    "transformers.models.auto.modeling_auto": _register_model,
+    "transformers.models.auto.modeling_auto": _nothing,
     "transformers.models.auto.image_processing_auto": _register_image_processor,
     "transformers.models.auto.processing_auto": _register_processor,
 }
@@ -54,12 +51,13 @@ class _RegisterAfterImport(MetaPathFinder, Loader):
     """Finds nothing itself: lets Python import an Auto module as always, then registers with it."""
 
     def __init__(self) -> None:
-        self.importing: dict[str, Loader] = {}
+        self.loaders: dict[str, Loader] = {}
+        self.imported: list[ModuleType] = []
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if name not in _REGISTER or name in self.importing:
+        if name not in _REGISTER or name in self.loaders:
             return None
         sys.meta_path.remove(self)  # or the search below would end here again
         try:
@@ -68,17 +66,22 @@ class _RegisterAfterImport(MetaPathFinder, Loader):
             sys.meta_path.insert(0, self)
         if spec is None or spec.loader is None:
             return None
-        self.importing[name] = spec.loader
+        self.loaders[name] = spec.loader
         spec.loader = self
         return spec
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        return self.importing[spec.name].create_module(spec)
+        return self.loaders[spec.name].create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        loader = self.importing.pop(module.__name__)
-        loader.exec_module(module)
-        _REGISTER[module.__name__](module)
+        try:
+            self.loaders[module.__name__].exec_module(module)
+        finally:
+            del self.loaders[module.__name__]
+        self.imported.append(module)
+        while self.imported and not self.loaders:  # else the outermost of the nested imports registers
+            ready = self.imported.pop(0)
+            _REGISTER[ready.__name__](ready)
 
 
 def register_when_imported() -> None:

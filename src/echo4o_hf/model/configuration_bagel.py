@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
+from functools import cache
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig, Qwen2Config, SiglipVisionConfig
-
-from .checkpoint import find_official_files, official_config_dict
 
 
 @strict
@@ -75,6 +74,7 @@ class BagelConfig(PreTrainedConfig):
                 "image_size": 980,
             }
         super().__post_init__(**kwargs)
+        _register_models()
 
     @property
     def latent_stride(self) -> int:
@@ -133,12 +133,30 @@ class BagelConfig(PreTrainedConfig):
         cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Read our `config.json`, or the several JSON files of the official layout."""
-        folder = find_official_files(
-            pretrained_model_name_or_path, revision=kwargs.get("revision"), subfolder=kwargs.get("subfolder")
+        from .checkpoint import (  # needs transformers' tokenizers, this file not
+            HUB_OPTIONS,
+            LOOKUP_OPTIONS,
+            find_official_files,
+            official_config_dict,
         )
+
+        hub_options = {name: kwargs[name] for name in HUB_OPTIONS if kwargs.get(name)}
+        folder = find_official_files(pretrained_model_name_or_path, **hub_options)
         if folder is None:
             return super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-        return official_config_dict(folder), kwargs
+        settings = {name: kwargs[name] for name in kwargs if name not in (*HUB_OPTIONS, *LOOKUP_OPTIONS)}
+        return official_config_dict(folder), settings
+
+
+@cache
+def _register_models() -> None:
+    """Tell `AutoModel` and its kin which class belongs to this configuration."""
+    from transformers import AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM
+
+    from .modeling_bagel import BagelForConditionalGeneration
+
+    for auto_class in (AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM):
+        auto_class.register(BagelConfig, BagelForConditionalGeneration, exist_ok=True)
 
 
 def _require_multiple(name: str, value: int, divisor_name: str, divisor: int) -> None:

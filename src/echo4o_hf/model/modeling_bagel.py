@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
-from transformers import DynamicCache, PreTrainedModel, Qwen2Config, SiglipVisionConfig
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel, Qwen2Config, SiglipVisionConfig
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
@@ -38,9 +38,10 @@ from transformers.models.qwen2.modeling_qwen2 import (
 from transformers.models.siglip.modeling_siglip import SiglipEncoder
 from transformers.utils import ModelOutput
 
-from .checkpoint import check_loading_info
+from .checkpoint import HUB_OPTIONS, layout, resolve
 from .configuration_bagel import BagelConfig
 from .context import Context
+from .files import check_finite, check_loading_info
 from .packing import IGNORE, IMAGE, PADDING, TARGET, TEXT, Grid, Segment, collate, grid_position_ids
 
 
@@ -333,12 +334,20 @@ class BagelPreTrainedModel(PreTrainedModel):
         """Load our layout or the official one (`ema.safetensors`), as `PreTrainedModel.from_pretrained` does.
 
         Raises:
-            ValueError: Tensors are missing, unexpected or of another shape; they are named.
+            ValueError: Tensors are missing, unexpected, of another shape or not finite; they are named.
             OSError: A file is missing, truncated or no safetensors.
         """
         with_info = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
-        check_loading_info(info, pretrained_model_name_or_path)
+        hub_options = {name: kwargs.pop(name) for name in HUB_OPTIONS if name in kwargs}
+        folder = resolve(pretrained_model_name_or_path, component="model", **hub_options)
+        if layout(folder) == "official":
+            # The generation_config.json there is Qwen's, which samples; the official code does not read it.
+            config = kwargs.setdefault("config", BagelConfig.from_pretrained(folder))
+            kwargs.setdefault("generation_config", GenerationConfig.from_model_config(config))
+        kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # to name them all in our error
+        model, info = super().from_pretrained(folder, *args, **kwargs)
+        check_loading_info(info, folder)
+        check_finite(model, folder)
         return (model, info) if with_info else model
 
 

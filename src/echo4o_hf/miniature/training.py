@@ -1,0 +1,220 @@
+"""Train the miniature: the official classes at tiny size, on noisy captions (the base) or clean ones (fine-tuning).
+
+    python -m echo4o_hf.miniature.training base --output DIR --steps 4000
+    python -m echo4o_hf.miniature.training fine-tune --model DIR --output DIR --steps 400
+
+`--captions noisy` on fine-tuning is the control: the same steps on more of the base's data. A run that was stopped
+goes on from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm import tqdm
+
+from echo4o_hf.miniature.examples import Example, Examples, Task, add_latents, draw_examples
+from echo4o_hf.model.configuration_bagel import BagelConfig
+from echo4o_hf.model.modeling_bagel import BagelForConditionalGeneration
+from echo4o_hf.model.packing import collate
+from echo4o_hf.model.processing_bagel import BagelProcessor
+
+SHARED = Path(__file__).parent / "checkpoints" / "shared"
+CAPTION_NOISE = 0.4
+BATCH_SIZE = {"text": 64, "references": 48, "describe": 64}
+NOISE_DRAWS = 4
+EMA_DECAY = 0.998
+WARMUP_STEPS = 50
+DECAY_SHARE = 0.4  # of the steps, at the end, with a falling learning rate
+TASK_CYCLE: tuple[Task, ...] = ("text", "text", "describe", "text", "text", "references", "text", "text")
+
+
+def miniature_config(processor: BagelProcessor) -> BagelConfig:
+    """A Bagel of 6 M parameters for pictures of 64x64 pixels, 4x4 latent tokens and 4x4 vision patches."""
+    return BagelConfig(
+        text_config={
+            "hidden_size": 192,
+            "intermediate_size": 512,
+            "num_hidden_layers": 6,
+            "num_attention_heads": 3,
+            "num_key_value_heads": 3,
+            "vocab_size": len(processor.tokenizer),
+            "max_position_embeddings": 512,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+        },
+        vision_config={
+            "hidden_size": 96,
+            "intermediate_size": 256,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 3,
+            "patch_size": 16,
+            "image_size": 64,
+        },
+        max_latent_size=4,
+        vit_max_num_patch_per_side=4,
+        timestep_shift=3.0,
+        bos_token_id=processor.bos_token_id,
+        eos_token_id=processor.eos_token_id,
+        start_of_image_token_id=processor.start_of_image_token_id,
+        end_of_image_token_id=processor.end_of_image_token_id,
+    )
+
+
+def make_examples(
+    count: int, seed: int, noise: float, vae: AutoencoderKL, processor: BagelProcessor, config: BagelConfig
+) -> Examples:
+    """Pictures and texts of all tasks with their latents; the references and descriptions are a sixth each."""
+    counts: dict[Task, int] = {"text": count, "references": count // 6, "describe": count // 6}
+    tasks: dict[Task, list[Example]] = {}
+    for task, number in counts.items():
+        tasks[task] = draw_examples(task, number, seed, noise)
+        add_latents(tasks[task], vae, processor, config.latent_patch_size)
+    return Examples(tasks, processor, (config.max_latent_size, config.max_latent_size))
+
+
+def train(
+    model: BagelForConditionalGeneration,
+    examples: Examples,
+    *,
+    steps: int,
+    learning_rate: float,
+    seed: int = 0,
+    checkpoint: Path | None = None,
+    on_step: Callable[[int], None] = lambda step: None,
+) -> list[float]:
+    """Train all parameters and leave their moving average in the model.
+
+    Args:
+        model: Changed in place.
+        examples: What to learn from.
+        steps: Batches; one in four is descriptions or references.
+        learning_rate: Of both optimizers: Muon for the matrices of the layers, AdamW for the rest.
+        seed: Decides batches, noise and timesteps.
+        checkpoint: State that is written every 100 steps and read at the start, so that a stopped run goes on.
+        on_step: Called with the number of steps done, for a progress bar.
+
+    Returns:
+        The flow-matching loss of each step, NaN on steps that describe.
+
+    Raises:
+        ValueError: The loss is not finite.
+    """
+    model.train()
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(EMA_DECAY))
+    optimizers = _optimizers(model, learning_rate)
+    schedules = [torch.optim.lr_scheduler.LambdaLR(o, lambda step: _schedule(step, steps)) for o in optimizers]
+    stateful = {"model": model, "average": average, **{f"optimizer{i}": o for i, o in enumerate(optimizers)}}
+    stateful |= {f"schedule{i}": s for i, s in enumerate(schedules)}
+    losses: list[float] = _resume(checkpoint, stateful)
+    for step in range(len(losses), steps):
+        torch.manual_seed(seed * 1_000_003 + step)
+        rng = np.random.default_rng([seed, step])
+        task = TASK_CYCLE[step % len(TASK_CYCLE)]
+        samples = examples.batch(task, BATCH_SIZE[task], NOISE_DRAWS, rng)
+        output = model(**collate(samples, max_latent_size=model.config.max_latent_size), logits_to_keep=1)
+        if not torch.isfinite(output.loss):
+            raise ValueError(f"the loss is {output.loss.item()} at step {step}; lower learning_rate={learning_rate}")
+        output.loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer, schedule in zip(optimizers, schedules, strict=True):
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+        average.update_parameters(model)
+        losses.append(float("nan") if output.flow_loss is None else output.flow_loss.item())
+        on_step(step + 1)
+        if checkpoint is not None and (step + 1) % 100 == 0:
+            _save_state(checkpoint, stateful, losses)
+    model.load_state_dict(average.module.state_dict())
+    model.eval()
+    return losses
+
+
+def _optimizers(model: nn.Module, learning_rate: float) -> list[torch.optim.Optimizer]:
+    matrices, rest = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            inner = ".layers." in name and parameter.ndim == 2
+            (matrices if inner else rest).append(parameter)
+    muon = torch.optim.Muon(matrices, lr=learning_rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+    return [muon, torch.optim.AdamW(rest, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0)]
+
+
+def _schedule(step: int, steps: int) -> float:
+    return min(1.0, (step + 1) / WARMUP_STEPS, max(0.02, (steps - step) / (DECAY_SHARE * steps)))
+
+
+def _resume(checkpoint: Path | None, stateful: dict[str, object]) -> list[float]:
+    if checkpoint is None or not checkpoint.exists():
+        return []
+    state = torch.load(checkpoint, weights_only=True)
+    for name, part in stateful.items():
+        part.load_state_dict(state[name])  # type: ignore[attr-defined]
+    return list(state["losses"])
+
+
+def _save_state(checkpoint: Path, stateful: dict[str, object], losses: list[float]) -> None:
+    state = {name: part.state_dict() for name, part in stateful.items()}  # type: ignore[attr-defined]
+    partial = checkpoint.with_suffix(".partial")
+    torch.save({**state, "losses": losses}, partial)
+    os.replace(partial, checkpoint)
+
+
+def main() -> None:
+    """Train one of the two checkpoints, or the control."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["base", "fine-tune"])
+    parser.add_argument("--output", type=Path, required=True, help="folder for the trained model")
+    parser.add_argument("--model", type=Path, help="folder of the base to fine-tune")
+    parser.add_argument("--captions", choices=["noisy", "clean"], help="noisy for the base, clean for fine-tuning")
+    parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("--examples", type=int, default=30_000)
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--compile", action="store_true", help="compile the layers: minutes at first, then faster")
+    arguments = parser.parse_args()
+    if (arguments.what == "fine-tune") != (arguments.model is not None):
+        parser.error("--model goes with fine-tune, and only with it")
+
+    start = time.monotonic()
+    torch.manual_seed(arguments.seed)
+    vae = AutoencoderKL.from_pretrained(SHARED / "vae", torch_dtype=torch.float32)
+    processor = BagelProcessor.from_pretrained(SHARED / "processor")
+    if arguments.model is None:
+        model = BagelForConditionalGeneration(miniature_config(processor))
+    else:
+        model = BagelForConditionalGeneration.from_pretrained(arguments.model, dtype=torch.float32)
+    model.set_attn_implementation("eager")  # faster than sdpa at this size
+    if arguments.compile:
+        for layer in model.language_model.model.layers:
+            layer.compile()
+    noisy = arguments.captions == "noisy" or (arguments.captions is None and arguments.what == "base")
+    noise = CAPTION_NOISE if noisy else 0.0
+    examples = make_examples(arguments.examples, arguments.seed + 1, noise, vae, processor, model.config)
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    with tqdm(total=arguments.steps, unit="step") as bar:
+        losses = train(
+            model,
+            examples,
+            steps=arguments.steps,
+            learning_rate=arguments.learning_rate,
+            seed=arguments.seed,
+            checkpoint=arguments.output / "training_state.pt",
+            on_step=lambda step: bar.update(step - bar.n) and None,
+        )
+    model.to(torch.bfloat16).save_pretrained(arguments.output)
+    minutes = (time.monotonic() - start) / 60
+    print(f"{arguments.steps} steps in {minutes:.1f} minutes; last losses {np.nanmean(losses[-100:]):.4f}")
+
+
+if __name__ == "__main__":
+    main()
