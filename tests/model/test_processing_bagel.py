@@ -118,6 +118,13 @@ def test_save_and_load(processor, tmp_path):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+@needs_golden
+def test_the_official_layout_loads():
+    processor = BagelProcessor.from_pretrained(GOLDEN)
+    assert processor.image_processor.latent_size["max"] == 256 and processor.image_processor.vision_size["max"] == 280
+    assert processor.bos_token_id == 286
+
+
 def test_decoding_is_the_tokenizers(processor):
     ids = processor(text=["a cat"])["input_ids"]
     assert processor.batch_decode(ids, skip_special_tokens=True) == ["a cat"]

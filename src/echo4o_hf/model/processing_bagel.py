@@ -19,11 +19,15 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.image_processing_utils import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 
+from .checkpoint import find_official_files, load_processor
+from .configuration_bagel import BagelConfig
 from .image_processing_bagel import BagelImageProcessor, ImageLike
 from .packing import PADDING, Segment, collate, patchify
 
 # In the order in which the official code adds those that a tokenizer lacks.
 SPECIAL_TOKENS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
+
+HUB_OPTIONS = ("revision", "subfolder", "cache_dir", "token", "local_files_only", "force_download")
 
 
 class BagelProcessor(ProcessorMixin):
@@ -47,10 +51,14 @@ class BagelProcessor(ProcessorMixin):
     def from_pretrained(  # type: ignore[override]
         cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
     ) -> BagelProcessor:
-        """Loads what `save_pretrained` wrote, from a folder or the Hub.
+        """Loads what `save_pretrained` wrote, or the tokenizer of a checkpoint in the official layout.
 
         The library's own method asks `AutoImageProcessor`, which knows our class only after registration.
         """
+        hub_options = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
+        official = find_official_files(pretrained_model_name_or_path, **hub_options)
+        if official is not None:
+            return load_processor(official, BagelConfig.from_pretrained(official))
         image_processor = BagelImageProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs)
         tokenizer = AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs)
         return cls(image_processor, tokenizer)

@@ -10,8 +10,9 @@ Letters: B batch, N latent tokens, D values of a token.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor
@@ -47,9 +48,7 @@ class Guidance:
         if self.renorm not in RENORMS:
             raise ValueError(f"guidance_renorm={self.renorm!r} is unknown; choose one of {', '.join(RENORMS)}")
         if len(self.interval) != 2 or not self.interval[0] <= self.interval[1]:
-            raise ValueError(
-                f"guidance_interval={self.interval} must be (start, end) with start <= end, as (0.4, 1.0)"
-            )
+            raise ValueError(f"guidance_interval={self.interval} must be (start, end), start <= end")
         if not 0 <= self.renorm_min <= 1:
             raise ValueError(f"guidance_renorm_min={self.renorm_min} must be between 0 and 1")
 
@@ -63,6 +62,25 @@ class Guidance:
 # The documented settings of Bagel for text-to-image, and of Bagel and Echo-4o for editing and references.
 TEXT_TO_IMAGE = Guidance(text_scale=4.0, image_scale=1.0, interval=(0.4, 1.0), renorm="global")
 REFERENCES = Guidance(text_scale=4.0, image_scale=2.0, interval=(0.0, 1.0), renorm="text_channel")
+
+
+def read_guidance(
+    has_references: bool,
+    text_scale: float,
+    image_scale: float | None,
+    interval: Sequence[float] | None,
+    renorm: str | None,
+    renorm_min: float,
+) -> Guidance:
+    """The settings of a prompt; None is the documented value for one with, or without, references."""
+    default = REFERENCES if has_references else TEXT_TO_IMAGE
+    return Guidance(
+        text_scale,
+        default.image_scale if image_scale is None else image_scale,
+        default.interval if interval is None else cast(tuple[float, float], tuple(interval)),
+        default.renorm if renorm is None else cast(Renorm, renorm),
+        renorm_min,
+    )
 
 
 def guide(

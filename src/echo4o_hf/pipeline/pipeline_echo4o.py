@@ -1,0 +1,471 @@
+"""From prompts and references to images with Bagel or Echo-4o.
+
+diffusers has no pipeline whose denoiser is also its text and image encoder; this one prefills the model's cache once
+per prompt and lets the scheduler integrate the velocity that the model predicts from it.
+
+Letters: B images, N latent tokens of the largest image, D values of a token.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers.utils import BaseOutput
+from diffusers.utils.accelerate_utils import apply_forward_hook
+from PIL import Image
+from torch import Tensor
+
+from ..model.checkpoint import load_components
+from ..model.context import Context
+from ..model.modeling_bagel import BagelForConditionalGeneration
+from ..model.packing import Grid, Segment, patchify, unpatchify
+from ..model.processing_bagel import BagelProcessor
+from .contexts import PromptContexts
+from .guidance import Guidance, guide, read_guidance
+from .prompts import THINKING_PROMPT, Item, count_positions, last_image, latent_grid, read_prompts
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+HUB_OPTIONS = ("cache_dir", "token", "local_files_only", "force_download")
+
+
+@dataclass
+class Echo4oPipelineOutput(BaseOutput):
+    """What `Echo4oPipeline` returns.
+
+    Attributes:
+        images: "pil": a list; "np" (B, height, width, 3) and "pt" (B, 3, height, width) in [0, 1], a list if sizes
+            differ; "latent" (B, N, D), padded with zeros if sizes differ.
+        texts: with thinking, the plan of each image.
+    """
+
+    images: list[Image.Image] | list[np.ndarray] | list[Tensor] | np.ndarray | Tensor
+    texts: list[str] | None
+
+
+class Echo4oPipeline(DiffusionPipeline):
+    """Text-to-image, references, editing and thinking.
+
+    Args:
+        model: predicts velocities, and reads and writes text.
+        vae: between pixels and latents.
+        scheduler: the official schedule is `shift=3.0`.
+        processor: tokenizer and resize rules.
+
+    Raises:
+        ValueError: the VAE's latents are not those of the model.
+    """
+
+    model_cpu_offload_seq = "model->vae"
+    _callback_tensor_inputs = ["latents"]
+
+    model: BagelForConditionalGeneration
+    vae: AutoencoderKL
+    scheduler: FlowMatchEulerDiscreteScheduler
+    processor: BagelProcessor
+
+    def __init__(
+        self,
+        model: BagelForConditionalGeneration,
+        vae: AutoencoderKL,
+        scheduler: FlowMatchEulerDiscreteScheduler,
+        processor: BagelProcessor,
+    ) -> None:
+        """See the class."""
+        super().__init__()
+        self.register_modules(model=model, vae=vae, scheduler=scheduler, processor=processor)
+        config = model.config
+        of_vae = (vae.config.latent_channels, 2 ** (len(vae.config.block_out_channels) - 1))
+        if of_vae != (config.latent_channels, config.latent_downsample):
+            raise ValueError(
+                f"the VAE has {of_vae[0]} latent channels and {of_vae[1]} pixels a latent, but the model expects "
+                f"{config.latent_channels} and {config.latent_downsample}"
+            )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        dtype: torch.dtype | str | None = None,
+        revision: str | None = None,
+        subfolder: str | None = None,
+        device_map: Any = None,
+        quantization_config: Any = None,
+        **hub_options: Any,
+    ) -> Echo4oPipeline:
+        """Loads our layout or the official one, from a folder, the Hub or a bundled name.
+
+        Args:
+            pretrained_model_name_or_path: folder, Hub name, "echo4o-miniature" or "bagel-miniature".
+            dtype: of model and VAE; None keeps those of the files. diffusers' older `torch_dtype` is taken too.
+            revision: branch, tag or commit on the Hub.
+            subfolder: where the checkpoint is inside.
+            device_map: where the model goes, as in transformers.
+            quantization_config: transformers' for the model, or diffusers' `PipelineQuantizationConfig`.
+            **hub_options: `cache_dir`, `token`, `local_files_only`, `force_download`.
+
+        Raises:
+            OSError: files are missing or damaged, or there is no network.
+            ValueError: files that do not fit each other.
+        """
+        dtype = hub_options.pop("torch_dtype", dtype)
+        unknown = sorted(set(hub_options) - set(HUB_OPTIONS))
+        if unknown:
+            raise TypeError(f"{cls.__name__}.from_pretrained does not take {', '.join(unknown)}")
+        components = load_components(
+            pretrained_model_name_or_path,
+            dtype=dtype,
+            revision=revision,
+            subfolder=subfolder,
+            device_map=device_map,
+            quantization_config=quantization_config,
+            **hub_options,
+        )
+        pipeline = cls(**components)
+        pipeline.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
+        return pipeline
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | Sequence[str | Image.Image | Sequence[str | Image.Image]],
+        image: Image.Image | list[Image.Image] | list[list[Image.Image]] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 49,
+        guidance_scale: float = 4.0,
+        image_guidance_scale: float | None = None,
+        guidance_interval: tuple[float, float] | None = None,
+        guidance_renorm: str | None = None,
+        guidance_renorm_min: float = 0.0,
+        thinking: bool = False,
+        max_think_tokens: int = 1000,
+        num_images_per_prompt: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        output_type: str = "pil",
+        callback_on_step_end: Callable[[Any, int, Tensor, dict[str, Any]], dict[str, Any]] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ["latents"],  # noqa: B006 (diffusers' convention)
+        return_dict: bool = True,
+    ) -> Echo4oPipelineOutput | tuple[Any, ...]:
+        """Draw images.
+
+        Args:
+            prompt: a text, or one per image; a list that mixes texts and images is one prompt, a list of such lists
+                several.
+            image: references: one, a list for a single prompt, or one list per prompt. They come before the text.
+            height: pixels, a multiple of `config.latent_stride`; by default that of the last reference after
+                resizing, or the largest that the model draws.
+            width: likewise.
+            num_inference_steps: updates (the official `num_timesteps` counts one more).
+            guidance_scale: by text; 1 turns all guidance off.
+            image_guidance_scale: by references; None is 2.0 with references, 1.0 without.
+            guidance_interval: timesteps at which guidance acts, open below and closed above; None is (0.0, 1.0) with
+                references, (0.4, 1.0) without.
+            guidance_renorm: "global", "channel" or "text_channel" (see `Guidance`); None is "text_channel" with
+                references, "global" without.
+            guidance_renorm_min: the guided velocity is not shrunk by a smaller factor.
+            thinking: let the model write a plan first, which the image then follows.
+            max_think_tokens: tokens of the plan at most.
+            num_images_per_prompt: images of each prompt, in a row in the output.
+            generator: of the noise; one, or one per image.
+            latents: initial noise (B, N, D), tokens row by row; shorter images padded at the end.
+            output_type: "pil", "np", "pt" or "latent".
+            callback_on_step_end: called with pipeline, step, timestep and tensors; may return changed ones.
+            callback_on_step_end_tensor_inputs: names of those tensors: "latents".
+            return_dict: False for a tuple (images, texts).
+
+        Raises:
+            ValueError: prompts, references, sizes or settings that cannot work, or numbers that are not finite.
+        """
+        # 1. Check the inputs.
+        prompts = read_prompts(prompt, image, self.processor.image_processor.resize_for_latents)
+        grids = [
+            latent_grid(last_image(items), height, width, self.model.config)
+            for items in prompts
+            for _ in range(num_images_per_prompt)
+        ]
+        settings = (guidance_scale, image_guidance_scale, guidance_interval, guidance_renorm, guidance_renorm_min)
+        guidances = [read_guidance(last_image(items) is not None, *settings) for items in prompts]
+        self.check_inputs(
+            prompts,
+            grids,
+            num_inference_steps,
+            max_think_tokens if thinking else None,
+            generator,
+            latents,
+            output_type,
+            callback_on_step_end_tensor_inputs,
+        )
+
+        # 2. Read references and prompts, once each.
+        contexts = self.encode_contexts(prompts, max_think_tokens if thinking else None)
+
+        # 3. Draw the noise.
+        latents = self.prepare_latents(grids, generator, latents)
+
+        # 4. Set the timesteps.
+        timesteps = self.prepare_timesteps(num_inference_steps)
+
+        # 5. Integrate the velocity from noise to data.
+        owners = [index // num_images_per_prompt for index in range(len(grids))]  # the prompt of each image
+        with self.progress_bar(total=len(timesteps)) as progress_bar:
+            for step, timestep in enumerate(timesteps):
+                velocity = self.predict_velocity(
+                    latents, self.scheduler.sigmas[step], contexts, owners, grids, guidances
+                )
+                latents = self.scheduler.step(velocity, timestep, latents, return_dict=False)[0]
+                if callback_on_step_end is not None:
+                    tensors = {name: latents for name in callback_on_step_end_tensor_inputs}
+                    latents = callback_on_step_end(self, step, timestep, tensors).get("latents", latents)
+                progress_bar.update()
+
+        # 6. Decode.
+        images = self.decode_latents(latents, grids, output_type)
+        texts = None if contexts.plans is None else [contexts.plans[owner] for owner in owners]
+        self.maybe_free_model_hooks()
+        return Echo4oPipelineOutput(images=images, texts=texts) if return_dict else (images, texts)
+
+    def check_inputs(
+        self,
+        prompts: list[list[Item]],
+        grids: list[Grid],
+        num_inference_steps: int,
+        max_think_tokens: int | None,
+        generator: torch.Generator | list[torch.Generator] | None,
+        latents: Tensor | None,
+        output_type: str,
+        tensor_inputs: Sequence[str],
+    ) -> None:
+        """Refuse what cannot work before anything is computed.
+
+        Raises:
+            ValueError: with the value seen and what to do.
+        """
+        if not grids:
+            raise ValueError("num_images_per_prompt must be at least 1")
+        if num_inference_steps < 1:
+            raise ValueError(f"num_inference_steps={num_inference_steps} must be at least 1")
+        if max_think_tokens is not None and max_think_tokens < 1:
+            raise ValueError(f"max_think_tokens={max_think_tokens} must be at least 1 with thinking=True")
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"output_type={output_type!r} is unknown; choose one of {', '.join(OUTPUT_TYPES)}")
+        unknown = sorted(set(tensor_inputs) - set(self._callback_tensor_inputs))
+        if unknown:
+            raise ValueError(f"callbacks get {', '.join(self._callback_tensor_inputs)}, not {', '.join(unknown)}")
+        if isinstance(generator, list) and len(generator) != len(grids):
+            raise ValueError(f"{len(generator)} generators for {len(grids)} images; pass one, or one per image")
+        shape = (len(grids), max(rows * columns for rows, columns in grids), self.model.config.latent_dim)
+        if latents is not None and tuple(latents.shape) != shape:
+            raise ValueError(f"latents have shape {tuple(latents.shape)}, expected (images, tokens, values) = {shape}")
+        limit = self.model.config.text_config.max_position_embeddings  # type: ignore[union-attr]
+        for index, items in enumerate(prompts):
+            count = count_positions(items, self.processor, max_think_tokens)
+            if count > limit:
+                thinking = "" if max_think_tokens is None else f", {max_think_tokens} tokens of thinking included"
+                raise ValueError(
+                    f"prompt {index} needs {count} positions{thinking}; the model has {limit}: shorten it"
+                )
+
+    @torch.no_grad()
+    def encode_image(self, image: Image.Image) -> Segment:
+        """Clean latents of a reference.
+
+        The posterior's mean: the official sample would tie the image to how often the generator was used before.
+        """
+        config = self.model.config
+        pixels = self.processor.image_processor.latent_pixels(image)[None]  # (1, 3, height, width)
+        posterior = self.vae.encode(pixels.to(self._execution_device, self.vae.dtype)).latent_dist
+        shift = self.vae.config.shift_factor or 0.0
+        latents = (posterior.mode().float() - shift) * self.vae.config.scaling_factor  # (1, z, h, w)
+        return Segment(
+            role="latents",
+            input_ids=[self.processor.start_of_image_token_id, self.processor.end_of_image_token_id],
+            latents=patchify(latents[0], config.latent_patch_size),
+            grid=(latents.shape[2] // config.latent_patch_size, latents.shape[3] // config.latent_patch_size),
+        )
+
+    def encode_item(self, item: Item) -> list[Segment]:
+        """A text is one segment, a reference two: its latents, then its vision patches."""
+        if isinstance(item, str):
+            return [self.processor.text_segment(item)]
+        # The image is resized already, which the official code does before both transforms.
+        return [self.encode_image(item), self.processor.vision_segment(item, from_original=True)]
+
+    @torch.no_grad()
+    def encode_contexts(self, prompts: list[list[Item]], max_think_tokens: int | None = None) -> PromptContexts:
+        """Prefill the three contexts of all prompts (official `InterleaveInferencer`).
+
+        Args:
+            prompts: as `read_prompts` makes them.
+            max_think_tokens: let the model write a plan of so many tokens at most.
+        """
+        thinking = max_think_tokens is not None
+        lead = [THINKING_PROMPT] if thinking else []
+        rows = [[segment for item in [*lead, *items] for segment in self.encode_item(item)] for items in prompts]
+        before = [row[:-1] if row[-1].role == "text" else row for row in rows]
+        last = [row[len(start) :] for row, start in zip(rows, before, strict=True)]
+        texts = [[segment for segment in row if segment.role == "text"] for row in rows]
+        has_images = [len(text) < len(row) for text, row in zip(texts, rows, strict=True)]
+
+        without_text = self.prefill(self.empty_context(len(rows)), before)
+        conditional = self.prefill(without_text.copy(), last)
+        without_images = conditional.copy()
+        if any(has_images):
+            needed = [text if differs or thinking else [] for text, differs in zip(texts, has_images, strict=True)]
+            without_images = self.prefill(self.empty_context(len(rows)), needed)
+
+        plans = None
+        if max_think_tokens is not None:
+            plans = self.think(conditional, max_think_tokens)
+            segments = [[self.processor.text_segment(plan)] if plan else [] for plan in plans]
+            conditional = self.prefill(conditional, segments)
+        has_plan = [bool(plan) for plan in plans or [""] * len(rows)]
+        return PromptContexts(
+            conditional,
+            without_text,
+            without_images,
+            text_differs=[bool(text) or plan for text, plan in zip(last, has_plan, strict=True)],
+            images_differ=[images or plan for images, plan in zip(has_images, has_plan, strict=True)],
+            plans=plans,
+        )
+
+    def empty_context(self, batch_size: int) -> Context:
+        """A context on the device of the model, which is moved there if it is offloaded."""
+        _load(self.model)
+        return Context.empty(batch_size, self._execution_device)
+
+    def prefill(self, context: Context, rows: list[list[Segment]]) -> Context:
+        """Append the segments of each row, side by side."""
+        for segments in zip_longest(*rows):
+            context = self.model.prefill(context, segments)
+        return context
+
+    def think(self, context: Context, max_think_tokens: int) -> list[str]:
+        """The plan that the model writes after each row of the context, without sampling."""
+        end = self.processor.eos_token_id
+        ids = self.model.generate_from(context, max_think_tokens, do_sample=False, eos_token_id=end, pad_token_id=end)
+        return [text.strip() for text in self.processor.batch_decode(ids, skip_special_tokens=True)]
+
+    def prepare_latents(
+        self, grids: list[Grid], generator: torch.Generator | list[torch.Generator] | None, latents: Tensor | None
+    ) -> Tensor:
+        """Noise (B, N, D) in float32, drawn image by image and in the order of tokens, as the official code does."""
+        if latents is None:
+            generators = generator if isinstance(generator, list) else [generator] * len(grids)
+            noise = [
+                torch.randn(
+                    rows * columns,
+                    self.model.config.latent_dim,
+                    generator=one,
+                    device="cpu" if one is None else one.device,
+                ).to(self._execution_device)
+                for (rows, columns), one in zip(grids, generators, strict=True)
+            ]
+            latents = torch.nn.utils.rnn.pad_sequence(noise, batch_first=True)
+        return latents.to(self._execution_device, torch.float32)
+
+    def prepare_timesteps(self, num_inference_steps: int) -> Tensor:
+        """The scheduler's timesteps, kept on the CPU so that no step waits for the device: (steps,)."""
+        self.scheduler.set_timesteps(sigmas=np.linspace(1, 0, num_inference_steps + 1)[:-1])
+        self.scheduler.set_begin_index(0)
+        timesteps: Tensor = self.scheduler.timesteps
+        return timesteps
+
+    @torch.no_grad()
+    def predict_velocity(
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        contexts: PromptContexts,
+        owners: list[int],
+        grids: list[Grid],
+        guidances: list[Guidance],
+    ) -> Tensor:
+        """The guided velocity (B, N, D), zero on padding.
+
+        All contexts run in one batch; what would equal the conditional velocity, or is not used at this timestep, is
+        not computed.
+
+        Args:
+            latents: (B, N, D).
+            timestep: in [0, 1], the scheduler's sigma.
+            contexts: of the prompts.
+            owners: the prompt of each image.
+            grids: of each image.
+            guidances: of each prompt.
+        """
+        images = range(len(owners))
+        active = [guidances[owner].is_active(timestep) for owner in owners]
+        text_rows = [row for row in images if active[row] and contexts.text_differs[owners[row]]]
+        image_rows = [
+            row
+            for row in images
+            if active[row] and contexts.images_differ[owners[row]] and guidances[owners[row]].image_scale > 1
+        ]
+        rows = [*images, *text_rows, *image_rows]
+        context = contexts.join(owners, [owners[row] for row in text_rows], [owners[row] for row in image_rows])
+        velocity = self.model.predict_velocity(
+            latents[rows],
+            timestep.to(latents.device).expand(len(rows)),
+            context,
+            [grids[row] for row in rows],
+        )
+        velocity, of_text, of_images = velocity.split([len(images), len(text_rows), len(image_rows)])
+        without_text, without_images, guided = velocity.clone(), velocity.clone(), velocity.clone()
+        without_text[text_rows] = of_text
+        without_images[image_rows] = of_images
+
+        lengths = torch.tensor([rows * columns for rows, columns in grids], device=latents.device)
+        mask = torch.arange(latents.shape[1], device=latents.device) < lengths[:, None]  # (B, N)
+        for guidance in dict.fromkeys(guidances):
+            rows = [row for row in images if active[row] and guidances[owners[row]] == guidance]
+            if rows:
+                guided[rows] = guide(velocity[rows], without_text[rows], without_images[rows], guidance, mask[rows])
+        return guided.masked_fill(~mask[..., None], 0)
+
+    @torch.no_grad()
+    def decode_latents(self, latents: Tensor, grids: list[Grid], output_type: str) -> Any:
+        """Images from latents (B, N, D), one by one to save memory; see `Echo4oPipelineOutput`.
+
+        Raises:
+            ValueError: latents or images that are not finite.
+        """
+        if output_type == "latent":
+            return latents
+        config, vae = self.model.config, self.vae.config
+        images = []
+        for index, (tokens, (rows, columns)) in enumerate(zip(latents, grids, strict=True)):
+            tokens = tokens[: rows * columns]
+            _check_finite(tokens, f"the latents of image {index}")
+            x = unpatchify(tokens, (rows, columns), config.latent_patch_size, config.latent_channels)  # (z, h, w)
+            x = x / vae.scaling_factor + (vae.shift_factor or 0.0)
+            image = self.vae.decode(x[None].to(self.vae.dtype), return_dict=False)[0][0].float()
+            _check_finite(image, f"image {index} out of the VAE")
+            image = (image * 0.5 + 0.5).clamp(0, 1)  # (3, height, width)
+            images.append(image)
+        if output_type == "pt":
+            return torch.stack(images) if len(set(grids)) == 1 else images
+        arrays = [image.permute(1, 2, 0).cpu().numpy() for image in images]
+        if output_type == "np":
+            return np.stack(arrays) if len(set(grids)) == 1 else arrays
+        return [Image.fromarray((array * 255).astype(np.uint8)) for array in arrays]  # cut, as the official code does
+
+
+@apply_forward_hook  # type: ignore[untyped-decorator]
+def _load(model: BagelForConditionalGeneration) -> None:
+    """Moves an offloaded model to its device, as calling it would."""
+
+
+def _check_finite(values: Tensor, name: str) -> None:
+    if not values.isfinite().all():
+        raise ValueError(
+            f"{name} holds NaN or infinite values: the weights do, or {values.dtype} overflows; check the checkpoint, "
+            "or load it with dtype=torch.bfloat16 or torch.float32"
+        )
