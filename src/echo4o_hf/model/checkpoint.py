@@ -50,6 +50,11 @@ BUNDLED = Path(__file__).parents[1] / "miniature" / "checkpoints"
 BUNDLED_NAMES = ("bagel-miniature", "echo4o-miniature")
 SHARED = BUNDLED / "shared"  # what the bundled checkpoints have in common
 
+# What `from_pretrained` methods take to find a checkpoint: arguments of `resolve`.
+HUB_OPTIONS = ("revision", "subfolder", "cache_dir", "token", "local_files_only", "force_download")
+# What transformers passes on beside these while it looks for a configuration.
+LOOKUP_OPTIONS = ("proxies", "trust_remote_code", "gguf_file", "_from_auto", "_from_pipeline", "_commit_hash")
+
 PIPELINE_FILE = "model_index.json"
 COMPONENTS = ("model", "vae", "scheduler", "processor")
 OFFICIAL_FILES = ("ema.safetensors", "ae.safetensors", "llm_config.json", "vit_config.json")
@@ -91,8 +96,7 @@ def resolve(
             f"model.safetensors, there or in one folder inside; found {shortened(sorted(names), 12) or 'nothing'}"
         )
     if _local_folder(path) is None:
-        wanted = _wanted_files(_inside(names, place), component)
-        _download(str(path), root.name, [f"{place}{name}" for name in wanted], hub_options)
+        _complete(str(path), root, place, _wanted_files(_inside(names, place), component), hub_options)
     folder = root / place
     if layout(folder) == "official":
         weights_file(folder)
@@ -116,7 +120,7 @@ def find_official_files(
         return None
     if _local_folder(path) is None:
         wanted = [name for name in _wanted_files(_inside(names, place)) if not name.endswith(".safetensors")]
-        _download(str(path), root.name, [f"{place}{name}" for name in wanted], hub_options)
+        _complete(str(path), root, place, wanted, hub_options)
     return root / place
 
 
@@ -300,6 +304,15 @@ def _repository(name: str, revision: str | None, hub_options: dict[str, Any]) ->
     return folder, {entry.path for entry in tree}
 
 
+def _complete(name: str, root: Path, place: str, wanted: list[str], hub_options: dict[str, Any]) -> None:
+    """Download those of the wanted files that the snapshot folder lacks."""
+    files = [
+        place + file for file in wanted if hub_options.get("force_download") or not (root / place / file).exists()
+    ]
+    if files:
+        _download(name, root.name, files, hub_options)
+
+
 def _download(name: str, revision: str | None, patterns: list[str], hub_options: dict[str, Any]) -> Path:
     """`snapshot_download` with errors that say how to go on."""
     where = f"{name!r}" + (f" (revision {revision!r})" if revision else "")
@@ -309,8 +322,8 @@ def _download(name: str, revision: str | None, patterns: list[str], hub_options:
         raise FileNotFoundError(f"{name!r} is neither a folder nor a name on the Hub ({error})") from error
     except LocalEntryNotFoundError as error:
         raise OSError(
-            f"{where} is no folder in {Path.cwd()} and not (whole) in the Hub's cache, and the Hub cannot be asked "
-            f"({error}). Give the path of a folder, or run once with network and HF_HUB_OFFLINE unset"
+            f"{where} is no folder in {Path.cwd()}, the Hub's cache lacks {shortened(patterns, 3)} of it, and the Hub "
+            f"cannot be asked ({error}). Give the path of a folder, or run once with network and HF_HUB_OFFLINE unset"
         ) from error
     except HfHubHTTPError as error:
         raise OSError(
