@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -80,7 +81,7 @@ def corrupt(item: Item, rng: np.random.Generator, p: float = 0.4) -> str:
     while True:
         clauses, omit = [], []
         for clause in item.include:
-            wrong: dict[str, str | int] = {}
+            wrong: dict[str, Any] = {}
             unsaid = set()
             for name, others in _alternatives(clause).items():
                 if rng.random() < p:
