@@ -30,12 +30,12 @@ from echo4o_hf.model.processing_bagel import BagelProcessor
 
 SHARED = Path(__file__).parent / "checkpoints" / "shared"
 CAPTION_NOISE = 0.4
-BATCH_SIZE = {"text": 64, "references": 48, "describe": 64}
+BATCH_SIZE = 32
 NOISE_DRAWS = 4
 EMA_DECAY = 0.998
-WARMUP_STEPS = 50
+WARMUP_STEPS = 100
 DECAY_SHARE = 0.4  # of the steps, at the end, with a falling learning rate
-TASK_CYCLE: tuple[Task, ...] = ("text", "text", "describe", "text", "text", "references", "text", "text")
+TASK_CYCLE: tuple[Task, ...] = ("describe", *["text"] * 7, "references", *["text"] * 7)
 
 
 def miniature_config(processor: BagelProcessor) -> BagelConfig:
@@ -96,8 +96,8 @@ def train(
     Args:
         model: Changed in place.
         examples: What to learn from.
-        steps: Batches; one in four is descriptions or references.
-        learning_rate: Of both optimizers: Muon for the matrices of the layers, AdamW for the rest.
+        steps: Batches; one in eight is of descriptions or of references.
+        learning_rate: Of AdamW.
         seed: Decides batches, noise and timesteps.
         checkpoint: State that is written every 100 steps and read at the start, so that a stopped run goes on.
         on_step: Called with the number of steps done, for a progress bar.
@@ -110,25 +110,24 @@ def train(
     """
     model.train()
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(EMA_DECAY))
-    optimizers = _optimizers(model, learning_rate)
-    schedules = [torch.optim.lr_scheduler.LambdaLR(o, lambda step: _schedule(step, steps)) for o in optimizers]
-    stateful = {"model": model, "average": average, **{f"optimizer{i}": o for i, o in enumerate(optimizers)}}
-    stateful |= {f"schedule{i}": s for i, s in enumerate(schedules)}
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _schedule(step, steps))
+    stateful = {"model": model, "average": average, "optimizer": optimizer, "schedule": schedule}
     losses: list[float] = _resume(checkpoint, stateful)
     for step in range(len(losses), steps):
         torch.manual_seed(seed * 1_000_003 + step)
         rng = np.random.default_rng([seed, step])
         task = TASK_CYCLE[step % len(TASK_CYCLE)]
-        samples = examples.batch(task, BATCH_SIZE[task], NOISE_DRAWS, rng)
+        samples = examples.batch(task, BATCH_SIZE, NOISE_DRAWS, rng)
         output = model(**collate(samples, max_latent_size=model.config.max_latent_size), logits_to_keep=1)
         if not torch.isfinite(output.loss):
             raise ValueError(f"the loss is {output.loss.item()} at step {step}; lower learning_rate={learning_rate}")
         output.loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer, schedule in zip(optimizers, schedules, strict=True):
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
+        nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
         average.update_parameters(model)
         losses.append(float("nan") if output.flow_loss is None else output.flow_loss.item())
         on_step(step + 1)
@@ -137,16 +136,6 @@ def train(
     model.load_state_dict(average.module.state_dict())
     model.eval()
     return losses
-
-
-def _optimizers(model: nn.Module, learning_rate: float) -> list[torch.optim.Optimizer]:
-    matrices, rest = [], []
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            inner = ".layers." in name and parameter.ndim == 2
-            (matrices if inner else rest).append(parameter)
-    muon = torch.optim.Muon(matrices, lr=learning_rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
-    return [muon, torch.optim.AdamW(rest, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0)]
 
 
 def _schedule(step: int, steps: int) -> float:
