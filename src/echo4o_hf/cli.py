@@ -54,7 +54,8 @@ def _generate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, dest="num_inference_steps", metavar="N", help="updates of the latents")
     parser.add_argument("--guidance-scale", type=float, metavar="S", help="towards the prompt")
     parser.add_argument("--image-guidance-scale", type=float, metavar="S", help="towards the reference pictures")
-    parser.add_argument("--thinking", action="store_true", help="write a plan first, and print it")
+    parser.add_argument("--thinking", action="store_true", default=None, help="write a plan first, and print it")
+    parser.add_argument("--max-think-tokens", type=int, metavar="N", help="length of the plan at most")
     parser.add_argument(
         "--num-images",
         type=int,
@@ -81,14 +82,21 @@ def _generate(args: argparse.Namespace) -> None:
         raise ValueError(f"--device {args.device!r} is not a device of torch, such as cpu, cuda or cuda:1") from error
     dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     references = [Image.open(path) for path in args.image or []]
-    options = ("height", "width", "num_inference_steps", "guidance_scale", "image_guidance_scale")
+    options = (
+        "height",
+        "width",
+        "num_inference_steps",
+        "guidance_scale",
+        "image_guidance_scale",
+        "thinking",
+        "max_think_tokens",
+    )
     given = {name: getattr(args, name) for name in options if getattr(args, name) is not None}
 
     pipe = Echo4oPipeline.from_pretrained(args.model, dtype=getattr(torch, dtype)).to(device)
     result = pipe(
         args.prompt,
         image=references or None,
-        thinking=args.thinking,
         num_images_per_prompt=args.num_images,
         generator=torch.Generator().manual_seed(args.seed),
         **given,
@@ -103,7 +111,6 @@ def _generate(args: argparse.Namespace) -> None:
         "model": args.model,
         "seed": args.seed,
         **{name: given.get(name, defaults[name].default) for name in options},
-        "thinking": args.thinking,
         "dtype": dtype,
         "software": f"echo4o-hf {__version__}",
     }

@@ -1,0 +1,81 @@
+"""The README is true: its commands parse, its code runs, its file map is the tree, its help is the command's."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from echo4o_hf.cli import build_parser
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+MAPPED_BY_FOLDER = {"tests", "examples", "checkpoints"}  # their files are not listed one by one
+
+
+def blocks(language: str) -> list[str]:
+    """The contents of the README's code blocks of one language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+
+
+def commands() -> list[list[str]]:
+    lines = [line for block in blocks("sh") for line in block.splitlines()]
+    return [shlex.split(line, comments=True) for line in lines if line]
+
+
+def mapped_files() -> list[str]:
+    """The paths of the file map, folders with a slash at the end."""
+    (block,) = [block for block in blocks("text") if block.startswith("README.md")]
+    parents: list[str] = []
+    paths = []
+    for line in block.splitlines():
+        name = line.split()[0]
+        depth = (len(line) - len(line.lstrip())) // 2
+        parents = [*parents[:depth], name]
+        paths.append("".join(parents))
+    return paths
+
+
+def files_of_the_tree() -> set[str]:
+    """Tracked files, those of some folders as the folder alone."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("this is no git checkout, so which files belong to the project is not known")
+    run = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True)
+    paths = set()
+    for name in run.stdout.splitlines():
+        parts = name.split("/")
+        folders = [index for index, part in enumerate(parts[:-1]) if part in MAPPED_BY_FOLDER]
+        paths.add("/".join(parts[: folders[0] + 1]) + "/" if folders else name)
+    return {path for path in paths if not path.endswith("/__init__.py") or path.count("/") == 2}
+
+
+@pytest.mark.parametrize("command", commands(), ids=" ".join)
+def test_commands_exist(command: list[str]) -> None:
+    program, *arguments = command
+    if program == "make":
+        makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+        assert all(re.search(rf"^{target}:.*## ", makefile, re.MULTILINE) for target in arguments)
+    elif program == "echo4o":
+        assert build_parser().parse_args(arguments).run
+    else:
+        assert command[:4] == ["pip", "install", "-c", "constraints.txt"]
+
+
+def test_help_is_the_commands(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    assert f"$ echo4o --help\n{build_parser().format_help()}" in blocks("text")
+
+
+def test_file_map_is_the_tree() -> None:
+    paths = [path for path in mapped_files() if not path.endswith("/") or path.split("/")[-2] in MAPPED_BY_FOLDER]
+    assert len(paths) == len(set(paths))
+    assert set(paths) == files_of_the_tree()
+
+
+def test_code_runs(tmp_path: Path) -> None:
+    code = "\n".join(blocks("python"))
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+    assert Image.open(tmp_path / "shapes.png").size == (64, 64)
