@@ -1,19 +1,19 @@
 """A picture from references: `python examples/reference.py` writes reference.png."""
 
+import numpy as np
 import torch
-from PIL import Image, ImageDraw
 
 from echo4o_hf import Echo4oPipeline
+from echo4o_hf.miniature.world import Scene, SceneObject, render
 
 MODEL = "echo4o-miniature"  # the real one is "Yejy53/Echo-4o", on a GPU with dtype=torch.bfloat16
-PROMPT = "put the shape of the first picture and the shape of the second together"
+PROMPT = "put the circle of the first picture and the star of the second picture together"
 
-circle = Image.new("RGB", (64, 64), "white")
-ImageDraw.Draw(circle).ellipse((18, 18, 46, 46), fill="red")
-square = Image.new("RGB", (64, 64), "white")
-ImageDraw.Draw(square).rectangle((18, 18, 46, 46), fill="blue")
+rng = np.random.default_rng(0)
+circle = render(Scene((SceneObject("circle", "red", row=0, col=0, size="large"),)), rng)
+star = render(Scene((SceneObject("star", "blue", row=2, col=2, size="large"),)), rng)
 
 pipe = Echo4oPipeline.from_pretrained(MODEL, dtype=torch.float32)
-images = pipe(PROMPT, image=[circle, square], generator=torch.Generator().manual_seed(0)).images
+images = pipe(PROMPT, image=[circle, star], generator=torch.Generator().manual_seed(0)).images
 images[0].save("reference.png")
 print("reference.png")

@@ -29,14 +29,17 @@ class Command(NamedTuple):
 
 def _demo_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="the short form: fewer items and training steps")
-    parser.add_argument("--output", type=Path, default=Path("demo"), help="folder to write (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument("--control", action="store_true", help="also train as many steps on the base's noisy captions")
+    parser.add_argument(
+        "--output", type=Path, default=Path("demo"), metavar="DIR", help="folder to write (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
 
 
 def _demo(args: argparse.Namespace) -> None:
     from .miniature.demo import run_demo
 
-    run_demo(output=args.output, quick=args.quick, seed=args.seed)
+    run_demo(output=args.output, quick=args.quick, seed=args.seed, control=args.control)
 
 
 def _generate_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,8 +52,8 @@ def _generate_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         help="reference picture; repeat it for several, the last one sets the size",
     )
-    parser.add_argument("--height", type=int, help="pixels")
-    parser.add_argument("--width", type=int, help="pixels")
+    parser.add_argument("--height", type=int, metavar="N", help="pixels")
+    parser.add_argument("--width", type=int, metavar="N", help="pixels")
     parser.add_argument("--steps", type=int, dest="num_inference_steps", metavar="N", help="updates of the latents")
     parser.add_argument("--guidance-scale", type=float, metavar="S", help="towards the prompt")
     parser.add_argument("--image-guidance-scale", type=float, metavar="S", help="towards the reference pictures")
@@ -63,7 +66,7 @@ def _generate_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="more than one: OUT gets an index (default: %(default)s)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
     parser.add_argument("--device", help="default: cuda where there is one, else cpu")
     parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on cuda, else float32")
 
@@ -165,7 +168,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"echo4o-hf {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for command in COMMANDS:
-        subparser = commands.add_parser(command.name, help=command.help, description=command.help.capitalize() + ".")
+        subparser = commands.add_parser(
+            command.name, help=command.help, description=command.help[0].upper() + command.help[1:] + "."
+        )
         command.add_arguments(subparser)
         subparser.set_defaults(run=command.run)
     return parser
