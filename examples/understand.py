@@ -1,6 +1,5 @@
 """A question about a picture: `python examples/understand.py` prints the answer."""
 
-import numpy as np
 import torch
 
 from echo4o_hf import BagelForConditionalGeneration, BagelProcessor
@@ -10,7 +9,7 @@ MODEL = "echo4o-miniature"  # the real one is "Yejy53/Echo-4o", on a GPU with dt
 QUESTION = "Describe the picture."
 
 objects = (SceneObject("circle", "red", row=1, col=0), SceneObject("star", "blue", row=1, col=3))
-picture = render(Scene(objects), np.random.default_rng(0))
+picture = render(Scene(objects))
 
 processor = BagelProcessor.from_pretrained(MODEL)
 model = BagelForConditionalGeneration.from_pretrained(MODEL, dtype=torch.float32)
