@@ -81,7 +81,9 @@ class _Journey:
         if not file.exists():
             start = time.monotonic()
             with tqdm(total=len(self.items), desc=f"{name}: pictures", unit="picture") as bar:
-                run = draw_and_score(_load(model), self.items, self.output, name, self.seed, lambda n: bar.update(n) and None)
+                run = draw_and_score(
+                    _load(model), self.items, self.output, name, self.seed, lambda n: bar.update(n) and None
+                )
             _write_json(file, {"run": run, "seconds": time.monotonic() - start})
         stage = json.loads(file.read_text())
         self.seconds[f"{name}: pictures"] = stage["seconds"]
@@ -108,10 +110,11 @@ class _Journey:
                     on_step=lambda step: bar.update(step - bar.n) and None,
                 )
             pipeline.save_pretrained(self.output / name)
-            _write_json(file, {"losses": losses, "seconds": time.monotonic() - start})
+            known = [None if loss != loss else loss for loss in losses]  # JSON has no NaN
+            _write_json(file, {"losses": known, "seconds": time.monotonic() - start})
         stage = json.loads(file.read_text())
         self.seconds[f"{name}: training"] = stage["seconds"]
-        values = [(step, loss) for step, loss in enumerate(stage["losses"], start=1) if loss == loss]
+        values = [(step, loss) for step, loss in enumerate(stage["losses"], start=1) if loss is not None]
         self.losses.append({"name": name, "steps": [s for s, _ in values], "values": [v for _, v in values]})
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -231,7 +231,9 @@ class BagelVisionTransformer(nn.Module):
         """Patches of all images in a row (P, patch_dim), patches per image -> (P, vision hidden)."""
         embeds = self.embeddings(patches, position_ids)
         images = pad_sequence(list(embeds.split(lengths)), batch_first=True)  # (I, longest, vision hidden)
-        real = torch.arange(images.shape[1], device=images.device) < torch.tensor(lengths, device=images.device)[:, None]
+        real = (
+            torch.arange(images.shape[1], device=images.device) < torch.tensor(lengths, device=images.device)[:, None]
+        )
         mask = create_bidirectional_mask(config=self.config, inputs_embeds=images, attention_mask=real)
         hidden = self.encoder(inputs_embeds=images, attention_mask=mask).last_hidden_state
         return self.post_layernorm(hidden[real])
@@ -269,7 +271,7 @@ class BagelPositionTable(nn.Module):
     def __init__(self, max_per_side: int, hidden_size: int) -> None:
         super().__init__()
         self.max_per_side = max_per_side
-        self.pos_embed = nn.Parameter(torch.zeros(max_per_side**2, hidden_size), requires_grad=False)
+        self.pos_embed = nn.Buffer(torch.zeros(max_per_side**2, hidden_size))
 
     def forward(self, position_ids: Tensor) -> Tensor:
         """(...) -> (..., D)."""
@@ -361,6 +363,8 @@ class BagelForConditionalGeneration(BagelPreTrainedModel, GenerationMixin):
     def __init__(self, config: BagelConfig) -> None:
         super().__init__(config)
         text, vision = cast(Qwen2Config, config.text_config), cast(SiglipVisionConfig, config.vision_config)
+        for part in (text, vision):  # transformers resolves the default for models only, and ours has none inside
+            part._attn_implementation = part._attn_implementation or config._attn_implementation
         self.language_model = BagelLanguageModel(text)
         self.vit_model = BagelVisionModel(vision, config.vit_max_num_patch_per_side)
         self.connector = BagelConnector(config)
@@ -498,7 +502,9 @@ class BagelForConditionalGeneration(BagelPreTrainedModel, GenerationMixin):
 
     def sample_timestep(self, segment_ids: Tensor) -> Tensor:
         """One shifted logit-normal timestep per segment, spread over its tokens: (batch, tokens) -> the same."""
-        per_segment = torch.randn(segment_ids.shape[0], int(segment_ids.max()) + 2, device=segment_ids.device).sigmoid()
+        per_segment = torch.randn(
+            segment_ids.shape[0], int(segment_ids.max()) + 2, device=segment_ids.device
+        ).sigmoid()
         shift = self.config.timestep_shift
         return (shift * per_segment / (1 + (shift - 1) * per_segment)).gather(1, segment_ids + 1)
 
@@ -512,7 +518,9 @@ class BagelForConditionalGeneration(BagelPreTrainedModel, GenerationMixin):
             raise ValueError("pixel_values need vision_grids, the rows and columns of each image")
         counts = vision_grids.prod(-1)  # (B, I)
         if int(counts.sum(1).max()) > pixel_values.shape[1]:
-            raise ValueError(f"vision_grids={vision_grids.tolist()} name more patches than pixel_values {tuple(pixel_values.shape)}")
+            raise ValueError(
+                f"vision_grids={vision_grids.tolist()} name more patches than pixel_values {tuple(pixel_values.shape)}"
+            )
         real = torch.arange(pixel_values.shape[1], device=counts.device) < counts.sum(1, keepdim=True)
         grids = [(int(rows), int(columns)) for rows, columns in vision_grids.reshape(-1, 2).tolist() if rows]
         side = self.config.vit_max_num_patch_per_side
@@ -616,7 +624,9 @@ class BagelForConditionalGeneration(BagelPreTrainedModel, GenerationMixin):
 
     def _text_loss(self, hidden: Tensor, shift_labels: Tensor, reduction: str) -> Tensor:
         labelled = shift_labels != IGNORE  # (B, U)
-        logits = self.language_model.lm_head(hidden[labelled]).float()  # (labelled, vocabulary): the full table is huge
+        logits = self.language_model.lm_head(
+            hidden[labelled]
+        ).float()  # (labelled, vocabulary): the full table is huge
         losses = F.cross_entropy(logits, shift_labels[labelled], reduction="none")
         if reduction == "mean":
             return losses.mean()
@@ -634,8 +644,15 @@ class BagelForConditionalGeneration(BagelPreTrainedModel, GenerationMixin):
             max_latent_size=self.config.max_latent_size,
             first_positions=context.next_position.tolist(),
         )
-        inputs = {name: value.to(self.device) for name, value in batch.items()}
-        output = self(**inputs, attention_mask=context.attention_mask, past_key_values=context.cache, use_cache=True, logits_to_keep=1)
+        # Not self.device: an offloaded model is moved when it is called.
+        inputs = {name: value.to(context.attention_mask.device) for name, value in batch.items()}
+        output = self(
+            **inputs,
+            attention_mask=context.attention_mask,
+            past_key_values=context.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
         advance = [0 if segment is None else segment.rope_advance for segment in segments]
         return Context(
             output.past_key_values,
@@ -685,10 +702,12 @@ class BagelForConditionalGeneration(BagelPreTrainedModel, GenerationMixin):
         Keyword arguments are those of `generate`.
         """
         batch, cached = context.attention_mask.shape
-        bos = torch.full((batch, 1), cast(int, self.config.bos_token_id), device=self.device)
+        bos = torch.full((batch, 1), cast(int, self.config.bos_token_id), device=context.attention_mask.device)
         input_ids = torch.cat([bos.expand(-1, cached), bos], dim=1)  # generate counts cached tokens by their ids
-        attention_mask = torch.cat([context.attention_mask.to(self.device), torch.ones_like(bos, dtype=torch.bool)], dim=1)
-        position_ids = (attention_mask.cumsum(1) - attention_mask.sum(1, keepdim=True)) + context.next_position[:, None]
+        attention_mask = torch.cat([context.attention_mask, torch.ones_like(bos, dtype=torch.bool)], dim=1)
+        position_ids = (attention_mask.cumsum(1) - attention_mask.sum(1, keepdim=True)) + context.next_position[
+            :, None
+        ]
         ids = self.generate(
             input_ids=input_ids,
             attention_mask=attention_mask.long(),
@@ -699,9 +718,13 @@ class BagelForConditionalGeneration(BagelPreTrainedModel, GenerationMixin):
         )
         return cast(Tensor, ids)[:, cached + 1 :]
 
-    def prepare_inputs_for_generation(self, *args: Any, is_first_iteration: bool | None = False, **kwargs: Any) -> dict[str, Any]:
+    def prepare_inputs_for_generation(
+        self, *args: Any, is_first_iteration: bool | None = False, **kwargs: Any
+    ) -> dict[str, Any]:
         """The tensors that describe segments and images belong to the first step; what follows is text."""
-        inputs: dict[str, Any] = super().prepare_inputs_for_generation(*args, is_first_iteration=is_first_iteration, **kwargs)
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(
+            *args, is_first_iteration=is_first_iteration, **kwargs
+        )
         if not is_first_iteration:
             for name in ("segment_ids", "roles", "sample_ids", "vision_mask", "pixel_values", "vision_grids"):
                 inputs.pop(name, None)
