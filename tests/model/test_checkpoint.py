@@ -11,6 +11,7 @@ from diffusers import AutoencoderKL
 from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModel, AutoProcessor
 
 import echo4o_hf
 from echo4o_hf.model import checkpoint
@@ -19,6 +20,7 @@ from echo4o_hf.model.configuration_bagel import BagelConfig
 from echo4o_hf.model.files import check_finite, new_folder
 from echo4o_hf.model.modeling_bagel import BagelForConditionalGeneration
 from echo4o_hf.model.official import official_config_dict, vae_config, write_official
+from echo4o_hf.model.processing_bagel import BagelProcessor
 from echo4o_hf.model.vae import load_vae, official_name
 
 GOLDEN = Path(__file__).parents[2] / "../shared/reference/golden_a"
@@ -229,6 +231,23 @@ def test_llm_config_wins_and_can_be_absent(official):
     assert BagelConfig.from_pretrained(official).text_config.rms_norm_eps == 1e-3
     (official / "llm_config.json").unlink()
     assert BagelConfig.from_pretrained(official).text_config.rms_norm_eps == 1e-5  # config.json's
+
+
+def test_auto_classes_take_the_official_layout(official):
+    edit_json(official / "config.json", max_latent_size=64)  # AutoConfig reads this file only
+    assert AutoConfig.from_pretrained(official).max_latent_size == 8
+    model = AutoModel.from_pretrained(official, dtype=torch.bfloat16)
+    assert isinstance(model, BagelForConditionalGeneration) and model.dtype == torch.bfloat16
+    assert isinstance(AutoProcessor.from_pretrained(official), BagelProcessor)
+    with pytest.raises(ValueError, match=r"use BagelConfig.from_pretrained\(folder\)"):
+        BagelConfig.from_dict(json.loads((official / "config.json").read_text()))
+
+
+def test_generation_is_greedy_whatever_the_folder_says(official):
+    """The published generation_config.json is that of Qwen2.5, which samples."""
+    (official / "generation_config.json").write_text('{"do_sample": true, "temperature": 0.7, "eos_token_id": [1, 2]}')
+    settings = BagelForConditionalGeneration.from_pretrained(official).generation_config
+    assert not settings.do_sample and settings.eos_token_id == 258
 
 
 def test_the_official_loaders_choices_win_over_the_json(official):
@@ -461,9 +480,12 @@ def test_sums_that_overflow_are_no_damage():
 # ------------------------------------------------------------------------------------------------------------- memory
 
 PEAK = """
-import resource, sys, torch
+import re, sys, torch
 from echo4o_hf.model.checkpoint import load_components
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+def peak():  # ru_maxrss would count the parent process too
+    return int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
+
 load_components(sys.argv[1])
 before = peak()
 model = load_components(sys.argv[2], dtype=getattr(torch, sys.argv[3]))["model"]
@@ -472,6 +494,7 @@ print(peak() - before)
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize(("dtype", "limit"), [("float32", 1.15), ("bfloat16", 1.65)])
 def test_loading_holds_one_copy(make_components, official, tmp_path, dtype, limit):
     """Memory-mapped pages count as memory once they are read; a second copy would double them."""

@@ -22,7 +22,16 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
 )
 
-from .files import WEIGHTS_FILES, check_finite, check_loading_info, listing, shortened, weights_file
+from .files import (
+    WEIGHTS_FILES,
+    check_finite,
+    check_loading_info,
+    listing,
+    shortened,
+    tensor_shapes,
+    weights_file,
+    weights_shapes,
+)
 from .official import TOKENIZER_FILES, load_tokenizer, official_config_dict, vae_config, write_official
 
 if TYPE_CHECKING:
@@ -58,6 +67,7 @@ LOOKUP_OPTIONS = ("proxies", "trust_remote_code", "gguf_file", "_from_auto", "_f
 PIPELINE_FILE = "model_index.json"
 COMPONENTS = ("model", "vae", "scheduler", "processor")
 OFFICIAL_FILES = ("ema.safetensors", "ae.safetensors", "llm_config.json", "vit_config.json")
+SAVED_VAE_FILE = "diffusion_pytorch_model.safetensors"  # diffusers' name
 OFFICIAL_SHIFT = 3.0  # of the sampling schedule
 CONFIG_FILES = (
     "config.json",
@@ -84,7 +94,7 @@ def resolve(
         **hub_options: `cache_dir`, `token`, `local_files_only`, `force_download` of `snapshot_download`.
 
     Raises:
-        OSError: nothing there, no checkpoint in it, no weights, or no network.
+        OSError: nothing there, no checkpoint in it, weights missing or damaged, or no network.
         ValueError: several checkpoints to choose from.
     """
     root, names = _names(path, revision, subfolder, hub_options)
@@ -97,10 +107,10 @@ def resolve(
         )
     if _local_folder(path) is None:
         _complete(str(path), root, place, _wanted_files(_inside(names, place), component), hub_options)
-    folder = root / place
-    if layout(folder) == "official":
-        weights_file(folder)
-    return folder if component is None else component_folder(folder, component)
+    folder = root / place if component is None else component_folder(root / place, component)
+    if layout(folder) in ("official", "model"):
+        weights_shapes(weights_file(folder))  # complains about files that are missing or damaged
+    return folder
 
 
 def find_official_files(
@@ -224,6 +234,7 @@ def load_processor(folder: Path, config: BagelConfig) -> BagelProcessor:
 def _load_vae(folder: Path, dtype: torch.dtype | str | None) -> AutoencoderKL:
     import torch
     from diffusers import AutoencoderKL
+    from safetensors import safe_open
 
     from .vae import load_vae
 
@@ -231,7 +242,11 @@ def _load_vae(folder: Path, dtype: torch.dtype | str | None) -> AutoencoderKL:
         dtype = None if dtype == "auto" else getattr(torch, dtype)
     if layout(folder) != "pipeline":
         return load_vae(folder, vae_config(folder), dtype)
-    return AutoencoderKL.from_pretrained(component_folder(folder, "vae"), torch_dtype=dtype)
+    folder = component_folder(folder, "vae")
+    tensor_shapes(folder / SAVED_VAE_FILE)  # complains about a file that is missing or damaged
+    with safe_open(folder / SAVED_VAE_FILE, framework="pt") as tensors:
+        saved_dtype = tensors.get_tensor("decoder.conv_in.weight").dtype
+    return AutoencoderKL.from_pretrained(folder, torch_dtype=dtype or saved_dtype)
 
 
 # ------------------------------------------------------------------------------------------------ folders and the Hub

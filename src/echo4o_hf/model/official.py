@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from safetensors.torch import save_file
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen2Config, SiglipVisionConfig
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase, Qwen2Config, SiglipVisionConfig
 from transformers.utils import logging
 
 from .files import WEIGHTS_FILES, Shapes, listing, new_folder, read_json, tensor_shapes, weights_file, weights_shapes
@@ -143,8 +143,9 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
             f"no tokenizer in {folder}: looked for tokenizer.json, or vocab.json and merges.txt; "
             f"found {listing(folder)}"
         )
-    # Given a config, AutoTokenizer leaves config.json alone, which may not be JSON.
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, config=Qwen2Config())
+    # Given a config, AutoTokenizer leaves config.json alone, which may not be JSON. tokenizer_config.json still wins.
+    config = PreTrainedConfig(tokenizer_class="Qwen2Tokenizer")
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, config=config)
     return tokenizer
 
 

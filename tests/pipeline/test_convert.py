@@ -1,0 +1,85 @@
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from safetensors.torch import load_file
+
+from echo4o_hf.model.checkpoint import write_official
+from echo4o_hf.pipeline.convert import convert
+from echo4o_hf.pipeline.pipeline_echo4o import Echo4oPipeline
+
+GOLDEN = Path(__file__).parents[2] / "../shared/reference/golden_a"
+
+
+@pytest.fixture
+def official(pipe, tmp_path):
+    vae = AutoencoderKL.from_config(pipe.vae.config, use_quant_conv=False, use_post_quant_conv=False)
+    write_official({**pipe.components, "vae": vae}, tmp_path / "official")
+    return tmp_path / "official"
+
+
+def assert_same_tensors(first, second):
+    first, second = load_file(first), load_file(second)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_there_and_back(official, tmp_path):
+    convert(official, tmp_path / "ours")
+    assert {entry.name for entry in (tmp_path / "ours").iterdir()} == {
+        "model_index.json",
+        "model",
+        "vae",
+        "scheduler",
+        "processor",
+    }
+    convert(tmp_path / "ours", tmp_path / "back", to="official")
+    for file in ("ema.safetensors", "ae.safetensors"):
+        assert_same_tensors(official / file, tmp_path / "back" / file)
+    for file in ("config.json", "llm_config.json", "vit_config.json", "tokenizer.json"):
+        assert (official / file).read_text() == (tmp_path / "back" / file).read_text()
+
+
+def test_converted_pipeline_draws_the_same_picture(official, tmp_path):
+    convert(official, tmp_path / "ours")
+    images = [
+        Echo4oPipeline.from_pretrained(folder)(
+            "a red cat",
+            height=64,
+            width=64,
+            num_inference_steps=2,
+            generator=torch.Generator().manual_seed(0),
+            output_type="pt",
+        ).images
+        for folder in (official, tmp_path / "ours")
+    ]
+    assert torch.equal(*images)
+
+
+def test_dtype(official, tmp_path):
+    convert(official, tmp_path / "ours", dtype=torch.bfloat16)
+    pipe = Echo4oPipeline.from_pretrained(tmp_path / "ours")
+    assert {pipe.model.dtype, pipe.vae.dtype} == {torch.bfloat16}
+
+
+def test_nothing_is_left_of_a_conversion_that_fails(official, tmp_path):
+    (official / "ae.safetensors").write_bytes((official / "ae.safetensors").read_bytes()[:-1])
+    with pytest.raises(OSError, match=r"ae.safetensors .* is truncated"):
+        convert(official, tmp_path / "ours")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["official"]
+
+
+def test_full_folders_and_unknown_layouts_are_refused(official, tmp_path):
+    with pytest.raises(ValueError, match="not an empty folder"):
+        convert("not/even looked at", official)
+    with pytest.raises(ValueError, match="to='theirs' is no layout; choose one of ours, official"):
+        convert(official, tmp_path / "ours", to="theirs")
+
+
+@pytest.mark.skipif(not GOLDEN.exists(), reason=f"reference numbers are not at {GOLDEN}")
+def test_reference_there_and_back(tmp_path):
+    convert(GOLDEN, tmp_path / "ours")
+    convert(tmp_path / "ours", tmp_path / "back", to="official")
+    for file in ("ema.safetensors", "ae.safetensors"):
+        assert_same_tensors(GOLDEN / file, tmp_path / "back" / file)
