@@ -1,8 +1,8 @@
-"""Registration with transformers' Auto classes, without importing transformers.
+"""Registration with transformers' Auto classes and with diffusers, without importing either.
 
 transformers has no entry points for models outside of it. Configuration and processors are registered right after the
-Auto module has been imported, or at once where that already happened. Models follow when a `BagelConfig` is made, which
-every `AutoModel` does first: while the Auto modules are imported, what a model needs may be half imported itself.
+Auto module has been imported, or at once where that already happened. Models follow when a `BagelConfig` is made,
+which every `AutoModel` does first: while Auto modules are imported, what a model needs may be half imported itself.
 """
 
 from __future__ import annotations
@@ -39,11 +39,24 @@ def _nothing(auto: ModuleType) -> None:
     """Watched only because configuration_auto is imported halfway through it."""
 
 
+def _register_pipeline(loading: ModuleType) -> None:
+    """`DiffusionPipeline.from_pretrained` looks up a saved pipeline's class as an attribute of diffusers."""
+    diffusers = sys.modules["diffusers"]
+
+    def load(diffusers: ModuleType) -> type:
+        from .pipeline.pipeline_echo4o import Echo4oPipeline
+
+        return Echo4oPipeline
+
+    diffusers.__class__ = type("DiffusersWithEcho4o", (type(diffusers),), {"Echo4oPipeline": property(load)})
+
+
 _REGISTER: dict[str, Callable[[ModuleType], None]] = {
     "transformers.models.auto.configuration_auto": _register_config,
     "transformers.models.auto.modeling_auto": _nothing,
     "transformers.models.auto.image_processing_auto": _register_image_processor,
     "transformers.models.auto.processing_auto": _register_processor,
+    "diffusers.pipelines.pipeline_loading_utils": _register_pipeline,
 }
 
 

@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.utils import BaseOutput
-from diffusers.utils.accelerate_utils import apply_forward_hook
 from PIL import Image
 from torch import Tensor
 
@@ -127,9 +126,7 @@ class Echo4oPipeline(DiffusionPipeline):
             quantization_config=quantization_config,
             **hub_options,
         )
-        pipeline = cls(**components)
-        pipeline.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
-        return pipeline
+        return cls(**components)
 
     @torch.no_grad()
     def __call__(
@@ -268,9 +265,10 @@ class Echo4oPipeline(DiffusionPipeline):
         for index, items in enumerate(prompts):
             count = count_positions(items, self.processor, max_think_tokens)
             if count > limit:
-                thinking = "" if max_think_tokens is None else f", {max_think_tokens} tokens of thinking included"
+                num_references = sum(not isinstance(item, str) for item in items)
                 raise ValueError(
-                    f"prompt {index} needs {count} positions{thinking}; the model has {limit}: shorten it"
+                    f"prompt {index} needs {count} positions, of them {2 * num_references} for references and "
+                    f"{max_think_tokens or 0} for thinking; the model has {limit}: shorten it"
                 )
 
     @torch.no_grad()
@@ -314,12 +312,13 @@ class Echo4oPipeline(DiffusionPipeline):
         texts = [[segment for segment in row if segment.role == "text"] for row in rows]
         has_images = [len(text) < len(row) for text, row in zip(texts, rows, strict=True)]
 
-        without_text = self.prefill(self.empty_context(len(rows)), before)
+        empty = Context.empty(len(rows), self._execution_device)
+        without_text = self.prefill(empty.copy(), before)
         conditional = self.prefill(without_text.copy(), last)
         without_images = conditional.copy()
         if any(has_images):
             needed = [text if differs or thinking else [] for text, differs in zip(texts, has_images, strict=True)]
-            without_images = self.prefill(self.empty_context(len(rows)), needed)
+            without_images = self.prefill(empty, needed)
 
         plans = None
         if max_think_tokens is not None:
@@ -335,11 +334,6 @@ class Echo4oPipeline(DiffusionPipeline):
             images_differ=[images or plan for images, plan in zip(has_images, has_plan, strict=True)],
             plans=plans,
         )
-
-    def empty_context(self, batch_size: int) -> Context:
-        """A context on the device of the model, which is moved there if it is offloaded."""
-        _load(self.model)
-        return Context.empty(batch_size, self._execution_device)
 
     def prefill(self, context: Context, rows: list[list[Segment]]) -> Context:
         """Append the segments of each row, side by side."""
@@ -456,11 +450,6 @@ class Echo4oPipeline(DiffusionPipeline):
         if output_type == "np":
             return np.stack(arrays) if len(set(grids)) == 1 else arrays
         return [Image.fromarray((array * 255).astype(np.uint8)) for array in arrays]  # cut, as the official code does
-
-
-@apply_forward_hook  # type: ignore[untyped-decorator]
-def _load(model: BagelForConditionalGeneration) -> None:
-    """Moves an offloaded model to its device, as calling it would."""
 
 
 def _check_finite(values: Tensor, name: str) -> None:
