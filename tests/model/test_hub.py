@@ -105,7 +105,14 @@ def hub(components, tmp_path):
         write_official(components, tmp_path / revision / "Echo-4o")
         for extra in ("README.md", "Echo-4o/optimizer.safetensors", "Echo-4o/training.bin"):
             (tmp_path / revision / extra).write_text("not needed")
-    Hub.repositories = {REPOSITORY: {revision: tmp_path / revision for revision in revisions}}
+    saved = tmp_path / "pipeline"
+    for file in ("model_index.json", "model/config.json", "model/model.safetensors", "vae/config.json", "other/x.bin"):
+        (saved / file).parent.mkdir(parents=True, exist_ok=True)
+        (saved / file).write_text(json.dumps({"file": file}))  # equal files would be downloaded once
+    Hub.repositories = {
+        REPOSITORY: {revision: tmp_path / revision for revision in revisions},
+        "someone/pipeline": {"main": saved},
+    }
     Hub.requested = []
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -138,6 +145,7 @@ print(json.dumps({
     "v2": outcome(scale, revision="v2", subfolder="Echo-4o"),
     "model": outcome(lambda: BagelForConditionalGeneration.from_pretrained("someone/Echo-4o").config.max_latent_size),
     "processor": outcome(lambda: BagelProcessor.from_pretrained("someone/Echo-4o").bos_token_id),
+    "pipeline": outcome(lambda: str(resolve("someone/pipeline", component="vae"))),
     "no repository": outcome(resolve, "someone/else"),
     "no revision": outcome(resolve, "someone/Echo-4o", revision="v3"),
     "no subfolder": outcome(resolve, "someone/Echo-4o", subfolder="Bagel"),
@@ -156,7 +164,10 @@ print(json.dumps({
         "FileNotFoundError: 'some/where/else' is neither a folder nor a name on the Hub"
     )
 
+    assert found["pipeline"].endswith("/vae")
+
     names = {request.split("/", 1)[1] for request in Hub.requested}
+    assert {"model_index.json", "vae/config.json"} <= names and not names & {"model/model.safetensors", "other/x.bin"}
     assert {"Echo-4o/ema.safetensors", "Echo-4o/ae.safetensors", "Echo-4o/tokenizer.json"} <= names
     assert not names & {"README.md", "Echo-4o/optimizer.safetensors", "Echo-4o/training.bin"}
     assert len(Hub.requested) == len(set(Hub.requested)), "a file was downloaded twice"

@@ -1,3 +1,6 @@
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -5,6 +8,7 @@ import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 
+import echo4o_hf
 from echo4o_hf.model.checkpoint import write_official
 from echo4o_hf.pipeline.convert import convert
 from echo4o_hf.pipeline.pipeline_echo4o import Echo4oPipeline
@@ -77,9 +81,50 @@ def test_full_folders_and_unknown_layouts_are_refused(official, tmp_path):
         convert(official, tmp_path / "ours", to="theirs")
 
 
+@pytest.mark.parametrize("file", ["model/model.safetensors", "vae/diffusion_pytorch_model.safetensors"])
+def test_damaged_files_of_a_saved_pipeline(official, tmp_path, file):
+    convert(official, tmp_path / "ours")
+    damaged = tmp_path / "ours" / file
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    with pytest.raises(OSError, match=rf"{file} .* is truncated"):
+        Echo4oPipeline.from_pretrained(tmp_path / "ours")
+    damaged.unlink()
+    with pytest.raises(FileNotFoundError, match=damaged.name):
+        Echo4oPipeline.from_pretrained(tmp_path / "ours")
+
+
 @pytest.mark.skipif(not GOLDEN.exists(), reason=f"reference numbers are not at {GOLDEN}")
 def test_reference_there_and_back(tmp_path):
     convert(GOLDEN, tmp_path / "ours")
     convert(tmp_path / "ours", tmp_path / "back", to="official")
     for file in ("ema.safetensors", "ae.safetensors"):
         assert_same_tensors(GOLDEN / file, tmp_path / "back" / file)
+
+
+PEAK = """
+import re, sys
+from echo4o_hf.pipeline.convert import convert
+
+def peak():  # ru_maxrss would count the parent process too
+    return int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
+
+convert(sys.argv[1], sys.argv[2] + "/small")
+before = peak()
+convert(sys.argv[3], sys.argv[2] + "/large", to=sys.argv[4])
+print(peak() - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("to", ["ours", "official"])
+def test_conversion_holds_one_copy(pipe, official, tmp_path, to):
+    pipe.model.resize_token_embeddings(1_200_000)  # 2 x 154 MB
+    large = tmp_path / "large_official"
+    vae = AutoencoderKL.from_config(pipe.vae.config, use_quant_conv=False, use_post_quant_conv=False)
+    write_official({**pipe.components, "vae": vae}, large)
+    size = (large / "ema.safetensors").stat().st_size
+    environment = {**os.environ, "PYTHONPATH": str(Path(echo4o_hf.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", PEAK, official, tmp_path, large, to]
+    peak = int(subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout)
+    assert 300e6 < size and 0.5 * size < peak < 1.15 * size, f"{peak / size:.2f} x the file"
