@@ -251,3 +251,14 @@ def test_the_default_configuration_is_the_real_one():
         model = BagelForConditionalGeneration(config)
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(14.578e9, rel=2e-3)
     assert (config.latent_stride, config.latent_dim, config.patch_dim) == (16, 64, 588)
+
+
+def test_setting_the_attention_reaches_both_parts(model, caplog):
+    model.set_attn_implementation("eager")
+    config = model.config
+    assert {config.text_config._attn_implementation, config.vision_config._attn_implementation} == {"eager"}
+    model.set_attn_implementation({"text_config": "sdpa"})
+    assert model.config.text_config._attn_implementation == "sdpa"
+    assert model.config.vision_config._attn_implementation == "eager"
+    with pytest.raises(ValueError, match="nonsense"):
+        model.set_attn_implementation("nonsense")

@@ -69,7 +69,9 @@ def add_latents(examples: list[Example], vae: AutoencoderKL, processor: BagelPro
     pictures = [picture for example in examples for picture in (example.picture, *example.references)]
     tokens: list[Tensor] = []
     for start in range(0, len(pictures), _ENCODE_BATCH):
-        pixels = [processor.image_processor.latent_pixels(picture) for picture in pictures[start : start + _ENCODE_BATCH]]
+        pixels = [
+            processor.image_processor.latent_pixels(picture) for picture in pictures[start : start + _ENCODE_BATCH]
+        ]
         mean = vae.encode(torch.stack(pixels).to(vae.dtype)).latent_dist.mode()
         scaled = (mean.float() - (vae.config["shift_factor"] or 0.0)) * vae.config["scaling_factor"]
         tokens += patchify(scaled, patch_size).unbind()
@@ -99,7 +101,10 @@ class Examples:
     def _conditions(self, example: Example, rng: np.random.Generator) -> Iterator[Segment]:
         markers = [self.processor.start_of_image_token_id, self.processor.end_of_image_token_id]
         for picture, latents in zip(example.references, example.reference_latents, strict=True):
-            pair = (Segment("latents", markers, latents=latents, grid=self.grid), self.processor.vision_segment(picture))
+            pair = (
+                Segment("latents", markers, latents=latents, grid=self.grid),
+                self.processor.vision_segment(picture),
+            )
             for segment in pair:  # a dropped image keeps its rope position, a dropped text does not
                 dropped = rng.random() < DROPOUT[segment.role]
                 yield Segment("text", [], advance=1) if dropped else segment

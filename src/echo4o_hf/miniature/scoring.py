@@ -52,7 +52,8 @@ def draw_and_score(
             num_inference_steps=STEPS,
             guidance_scale=GUIDANCE_SCALE,
             generator=generators,
-        ).images
+            return_dict=False,
+        )[0]
         for item, picture in zip(batch, pictures, strict=True):
             path = Path(name) / f"{len(rows):03d}.png"
             partial = folder / path.with_suffix(".partial")

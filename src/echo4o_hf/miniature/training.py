@@ -35,7 +35,8 @@ NOISE_DRAWS = 4
 EMA_DECAY = 0.998
 WARMUP_STEPS = 100
 DECAY_SHARE = 0.4  # of the steps, at the end, with a falling learning rate
-TASK_CYCLE: tuple[Task, ...] = ("describe", *["text"] * 7, "references", *["text"] * 7)
+_SEVEN_TEXTS: tuple[Task, ...] = ("text",) * 7
+TASK_CYCLE: tuple[Task, ...] = ("describe", *_SEVEN_TEXTS, "references", *_SEVEN_TEXTS)
 
 
 def miniature_config(processor: BagelProcessor) -> BagelConfig:

@@ -102,7 +102,9 @@ class BagelConfig(PreTrainedConfig):
             "num_key_value_heads",
             text.num_key_value_heads or text.num_attention_heads,
         )
-        _require_multiple("vision_config.hidden_size", vision.hidden_size, "num_attention_heads", vision.num_attention_heads)
+        _require_multiple(
+            "vision_config.hidden_size", vision.hidden_size, "num_attention_heads", vision.num_attention_heads
+        )
         if text.hidden_size % 4:
             raise ValueError(
                 f"text_config.hidden_size={text.hidden_size} must be a multiple of 4: "
@@ -146,6 +148,21 @@ class BagelConfig(PreTrainedConfig):
             return super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         settings = {name: kwargs[name] for name in kwargs if name not in (*HUB_OPTIONS, *LOOKUP_OPTIONS)}
         return official_config_dict(folder), settings
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As in transformers; `AutoConfig` brings the official config.json here, which says too little by itself.
+
+        Raises:
+            ValueError: an official config.json without the folder that it came from.
+        """
+        if "llm_config" in config_dict:
+            if "name_or_path" not in kwargs:
+                raise ValueError(
+                    "the official config.json needs the files beside it: use BagelConfig.from_pretrained(folder)"
+                )
+            config_dict, _ = cls.get_config_dict(kwargs["name_or_path"])
+        return super().from_dict(config_dict, **kwargs)
 
 
 @cache

@@ -35,7 +35,7 @@ class Context:
         return self.attention_mask.shape[1]
 
     def copy(self) -> Context:
-        """The same tokens; what is appended to one is not in the other. Costs no memory: a cache never writes in place."""
+        """The same tokens; what is appended to one is not in the other. Costs no memory: nothing is written in place."""
         return Context(_cache(self._layers()), self.attention_mask, self.next_position)
 
     def select(self, rows: Sequence[int]) -> Context:
@@ -63,7 +63,7 @@ class Context:
         return Context(_cache(layers), mask, position)
 
     def _layers(self) -> list[tuple[Tensor, Tensor]]:
-        return [(layer.keys, layer.values) for layer in self.cache.layers]  # type: ignore[misc]
+        return [(layer.keys, layer.values) for layer in self.cache.layers]
 
 
 def _cache(layers: list[tuple[Tensor, Tensor]]) -> DynamicCache:

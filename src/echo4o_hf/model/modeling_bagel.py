@@ -132,7 +132,7 @@ class BagelAttention(nn.Module):
             k, v = past_key_values.update(k, v, self.layer_idx)  # (B, H, K + L, E)
         elif past_key_values is not None and past_key_values.get_seq_length(self.layer_idx):
             layer = past_key_values.layers[self.layer_idx]
-            k, v = torch.cat([layer.keys, k], dim=2), torch.cat([layer.values, v], dim=2)  # type: ignore[list-item]
+            k, v = torch.cat([layer.keys, k], dim=2), torch.cat([layer.values, v], dim=2)
 
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         out, _ = attention(self, q, k, v, attention_mask, scaling=self.scaling, dropout=0.0, is_causal=is_causal)
@@ -224,7 +224,7 @@ class BagelVisionTransformer(nn.Module):
         super().__init__()
         self.config = config
         self.embeddings = BagelVisionEmbeddings(config, max_per_side)
-        self.encoder = SiglipEncoder(config)  # type: ignore[arg-type]
+        self.encoder = SiglipEncoder(config)
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, patches: Tensor, position_ids: Tensor, lengths: list[int]) -> Tensor:
@@ -303,7 +303,7 @@ class BagelTimestepEmbedder(nn.Module):
         index = torch.arange(self.num_frequencies, dtype=torch.float32, device=timestep.device)
         angles = timestep.float()[..., None] * torch.exp(-math.log(10000.0) / self.num_frequencies * index)
         features = torch.cat([angles.cos(), angles.sin()], dim=-1)
-        return self.mlp(features.to(self.mlp[0].weight.dtype))
+        return self.mlp(features.to(cast(nn.Linear, self.mlp[0]).weight.dtype))
 
 
 # ------------------------------------------------------------------------------------------------------- the model
@@ -330,6 +330,18 @@ class BagelPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, BagelPositionTable):
             init.copy_(module.pos_embed, module.values())
+
+    def set_attn_implementation(
+        self, attn_implementation: str | dict[str, str], allow_all_kernels: bool = False
+    ) -> None:
+        """As upstream's, which looks for sub-models; the parts of this one are plain modules with a config each."""
+        wanted = attn_implementation if isinstance(attn_implementation, dict) else {"": attn_implementation}
+        super().set_attn_implementation({"": wanted.get("", self.config._attn_implementation)}, allow_all_kernels)
+        for name in self.config.sub_configs:
+            part = getattr(self.config, name)
+            part._attn_implementation = wanted.get(
+                name, self.config._attn_implementation if "" in wanted else part._attn_implementation
+            )
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
@@ -379,7 +391,7 @@ class BagelForConditionalGeneration(BagelPreTrainedModel, GenerationMixin):
         """The embedding of text ids."""
         return self.language_model.model.embed_tokens
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
         """Replace the embedding of text ids."""
         self.language_model.model.embed_tokens = value
 
@@ -387,7 +399,7 @@ class BagelForConditionalGeneration(BagelPreTrainedModel, GenerationMixin):
         """The head that predicts text ids."""
         return self.language_model.lm_head
 
-    def set_output_embeddings(self, value: nn.Module) -> None:
+    def set_output_embeddings(self, value: nn.Linear) -> None:
         """Replace the head that predicts text ids."""
         self.language_model.lm_head = value
 

@@ -86,7 +86,9 @@ def grid_position_ids(grid: Grid, max_per_side: int) -> Tensor:
     """
     rows, columns = grid
     if not (0 < rows <= max_per_side and 0 < columns <= max_per_side):
-        raise ValueError(f"an image of {rows}x{columns} tokens does not fit the table of {max_per_side}x{max_per_side}")
+        raise ValueError(
+            f"an image of {rows}x{columns} tokens does not fit the table of {max_per_side}x{max_per_side}"
+        )
     return (torch.arange(rows)[:, None] * max_per_side + torch.arange(columns)).flatten()
 
 
@@ -191,6 +193,8 @@ def _stack(rows: list[_Row], padding_side: Literal["left", "right"]) -> dict[str
     if any(row.latents for row in rows):
         latent_dim = next(row.latents[0].shape[-1] for row in rows if row.latents)
         none = torch.zeros(0, dtype=torch.long)
-        batch["latents"] = pad([torch.cat([*(x.float().cpu() for x in row.latents), torch.zeros(0, latent_dim)]) for row in rows])
+        batch["latents"] = pad(
+            [torch.cat([*(x.float().cpu() for x in row.latents), torch.zeros(0, latent_dim)]) for row in rows]
+        )
         batch["latent_position_ids"] = pad([torch.cat([*row.latent_position_ids, none]) for row in rows])
     return batch
