@@ -39,7 +39,7 @@ def segments(model):
 
 def run(model, rows, **kwargs):
     torch.manual_seed(2)
-    return model(**collate(rows, max_latent_size=model.config.max_latent_size), **kwargs)
+    return model(**collate(rows), **kwargs)
 
 
 def test_a_generation_weight_moves_no_understanding_output(model, segments):
@@ -56,13 +56,13 @@ def test_a_generation_weight_moves_no_understanding_output(model, segments):
 
 def test_targets_are_hidden_from_each_other_and_from_what_follows(model, segments):
     with torch.no_grad():
-        batch = collate([[segments["text"], segments["target"], segments["other"]]], max_latent_size=8)
+        batch = collate([[segments["text"], segments["target"], segments["other"]]])
         torch.manual_seed(2)
         alone_noise = torch.randn(1, 2, model.config.latent_dim)
         timestep = torch.full((1, 8), 0.5)
         noise = torch.cat([torch.randn(1, 6, model.config.latent_dim), alone_noise], dim=1)
         both = model(**batch, noise=noise, timestep=timestep).velocity[:, 6:]
-        rows = collate([[segments["text"], segments["other"]]], max_latent_size=8)
+        rows = collate([[segments["text"], segments["other"]]])
         alone = model(**rows, noise=alone_noise, timestep=timestep[:, :2]).velocity
     torch.testing.assert_close(both, alone, atol=2e-5, rtol=0)
 
@@ -78,7 +78,7 @@ def test_cached_context_equals_one_pass(model, segments, backend):
             context = model.prefill(context, [segment])
         before = [layer.keys.clone() for layer in context.cache.layers]
         cached = model.predict_velocity(target.latents[None], torch.tensor([0.3]), context, [target.grid])
-        batch = collate([[*order, target]], max_latent_size=8)
+        batch = collate([[*order, target]])
         # a target at timestep t is lerp(clean, noise, t): with equal ends it is what it is
         whole = model(**batch, noise=batch["latents"], timestep=torch.full((1, 10), 0.3)).velocity[:, 4:]
     torch.testing.assert_close(cached, whole, atol=2e-5, rtol=0)
@@ -122,8 +122,8 @@ def test_prefilling_rows_of_different_segments_equals_single_rows(model, segment
 
 def test_padded_rows_equal_a_pack(model, segments):
     rows = [[segments["vision"], segments["answer"]], [segments["text"], segments["target"], segments["latents"]]]
-    padded = collate(rows, max_latent_size=8)
-    packed = collate(rows, max_latent_size=8, packed=True)
+    padded = collate(rows)
+    packed = collate(rows, packed=True)
     noise = torch.randn(1, 10, model.config.latent_dim)
     timestep = torch.full((1, 10), 0.4)
     with torch.no_grad():
@@ -131,6 +131,16 @@ def test_padded_rows_equal_a_pack(model, segments):
         two = model(**padded, noise=noise.expand(2, -1, -1), timestep=timestep.expand(2, -1))
     assert one.text_loss.item() == pytest.approx(two.text_loss.item(), abs=1e-5)
     assert one.flow_loss.item() == pytest.approx(two.flow_loss.item(), abs=1e-5)
+
+
+def test_interpolated_positions_reach_both_tables(model, segments):
+    rows = [[segments["vision"], segments["latents"]]]
+    with torch.no_grad():
+        before = run(model, rows).last_hidden_state
+        model.config.interpolate_pos = True
+        after = run(model, rows).last_hidden_state
+    moved = (after - before).abs().amax(-1)[0] > 1e-4
+    assert moved[2:8].any() and moved[8:].any()
 
 
 def test_gradient_checkpointing_changes_no_gradient(model, segments):

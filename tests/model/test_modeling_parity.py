@@ -79,7 +79,7 @@ def test_understanding(model, numbers, facts, case):
             cached.values[0].transpose(0, 1)[order], numbers[f"{case}.value_cache.{layer}"], atol=2e-5, rtol=0
         )
 
-    whole = model(**collate([segments], max_latent_size=model.config.max_latent_size))
+    whole = model(**collate([segments]))
     length = len(question.input_ids)
     hidden = whole.last_hidden_state[0, -length:]
     torch.testing.assert_close(hidden, numbers[f"{case}.prefill_hidden"], atol=2e-5, rtol=0)
@@ -133,7 +133,7 @@ def training_pack(model, numbers, facts, case):
                 t = torch.tensor(item["raw_timestep"]).sigmoid() if item["loss"] else torch.tensor(0.0)
                 timesteps.append((shift * t / (1 + (shift - 1) * t)).expand(len(noise[-1])))
         samples.append(segments)
-    batch = collate(samples, max_latent_size=model.config.max_latent_size, packed=True)
+    batch = collate(samples, packed=True)
     return samples, {**batch, "noise": torch.cat(noise)[None], "timestep": torch.cat(timesteps)[None]}
 
 
@@ -179,7 +179,7 @@ def test_a_pack_equals_its_samples(model, numbers, facts, case):
     packed = model(**batch, loss_reduction="none")
     text_loss, flow_loss, used = [], [], 0
     for segments in samples:
-        alone = collate([segments], max_latent_size=model.config.max_latent_size)
+        alone = collate([segments])
         if "latents" in alone:
             length = alone["latents"].shape[1]
             alone |= {name: batch[name][:, used : used + length] for name in ("noise", "timestep")}

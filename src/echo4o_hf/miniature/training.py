@@ -121,7 +121,7 @@ def train(
         rng = np.random.default_rng([seed, step])
         task = TASK_CYCLE[step % len(TASK_CYCLE)]
         samples = examples.batch(task, BATCH_SIZE, NOISE_DRAWS, rng)
-        output = model(**collate(samples, max_latent_size=model.config.max_latent_size), logits_to_keep=1)
+        output = model(**collate(samples), logits_to_keep=1)
         if not torch.isfinite(output.loss):
             raise ValueError(f"the loss is {output.loss.item()} at step {step}; lower learning_rate={learning_rate}")
         output.loss.backward()

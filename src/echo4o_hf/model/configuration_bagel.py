@@ -22,6 +22,7 @@ class BagelConfig(PreTrainedConfig):
         latent_patch_size: Latents per token, along one side.
         max_latent_size: Rows and columns of the table of latent positions; limits the size of an image.
         vit_max_num_patch_per_side: Rows and columns of the tables of vision positions.
+        interpolate_pos: Spread each image over the whole position tables instead of using their upper left corner.
         connector_act: Activation between the two layers that bring vision features into the language model.
         timestep_shift: Shift of the timesteps drawn in training.
         bos_token_id: Begins every text segment (`<|im_start|>`).
@@ -44,6 +45,7 @@ class BagelConfig(PreTrainedConfig):
     latent_patch_size: int = 2
     max_latent_size: int = 64
     vit_max_num_patch_per_side: int = 70
+    interpolate_pos: bool = False
     connector_act: str = "gelu_pytorch_tanh"
     timestep_shift: float = 1.0
     bos_token_id: int | None = 151644

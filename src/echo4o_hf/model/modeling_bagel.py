@@ -418,7 +418,7 @@ class BagelForConditionalGeneration(BagelPreTrainedModel, GenerationMixin):
         pixel_values: Tensor | None = None,
         vision_grids: Tensor | None = None,
         latents: Tensor | None = None,
-        latent_position_ids: Tensor | None = None,
+        latent_grids: Tensor | None = None,
         noise: Tensor | None = None,
         timestep: Tensor | None = None,
         labels: Tensor | None = None,
@@ -445,7 +445,7 @@ class BagelForConditionalGeneration(BagelPreTrainedModel, GenerationMixin):
             pixel_values: (batch, patches, 3 * patch_size**2), the patches of all images of a row, zero-padded.
             vision_grids: (batch, images, 2), rows and columns of each image, zero-padded.
             latents: (batch, generation tokens, latent_dim), clean.
-            latent_position_ids: (batch, generation tokens), row * max_latent_size + column.
+            latent_grids: (batch, latent images, 2), rows and columns of each, zero-padded.
             noise: Like `latents`, for targets; drawn when absent.
             timestep: (batch, generation tokens) in [0, 1], read on targets; by default one per target, logit-normal
                 and shifted by `config.timestep_shift` (facts of the official trainer).
@@ -472,15 +472,15 @@ class BagelForConditionalGeneration(BagelPreTrainedModel, GenerationMixin):
         if latents is None:
             generation = understanding[:, :0]  # (B, 0, D)
         else:
-            if roles is None or segment_ids is None or latent_position_ids is None:
-                raise ValueError("latents need roles, segment_ids and latent_position_ids; `collate` makes them")
+            if roles is None or segment_ids is None or latent_grids is None:
+                raise ValueError("latents need roles, segment_ids and latent_grids; `collate` makes them")
             num_latents = latents.shape[1]
             target_mask = roles[:, -num_latents:] == TARGET  # (B, G)
             noise = torch.randn_like(latents, dtype=torch.float32) if noise is None else noise
             timestep = self.sample_timestep(segment_ids[:, -num_latents:]) if timestep is None else timestep
             timestep = torch.where(target_mask, timestep.float(), 0.0)
             noisy = torch.lerp(latents.float(), noise.float(), timestep[..., None])
-            generation = self.embed_latents(noisy, timestep, latent_position_ids)  # (B, G, D)
+            generation = self.embed_latents(noisy, timestep, latent_grids)  # (B, G, D)
 
         # 3. Run the experts.
         if use_cache and past_key_values is None:
@@ -535,18 +535,33 @@ class BagelForConditionalGeneration(BagelPreTrainedModel, GenerationMixin):
             )
         real = torch.arange(pixel_values.shape[1], device=counts.device) < counts.sum(1, keepdim=True)
         grids = [(int(rows), int(columns)) for rows, columns in vision_grids.reshape(-1, 2).tolist() if rows]
-        side = self.config.vit_max_num_patch_per_side
-        position_ids = torch.cat([grid_position_ids(grid, side) for grid in grids]).to(pixel_values.device)
+        side, interpolate = self.config.vit_max_num_patch_per_side, self.config.interpolate_pos
+        position_ids = torch.cat([grid_position_ids(grid, side, interpolate) for grid in grids])
+        position_ids = position_ids.to(pixel_values.device)
         vision = self.vit_model.vision_model
         patches = pixel_values[real].to(vision.embeddings.patch_embedding.weight.dtype)
         features = vision(patches, position_ids, [rows * columns for rows, columns in grids])
         embeds: Tensor = self.connector(features) + self.vit_pos_embed(position_ids)
         return embeds
 
-    def embed_latents(self, latents: Tensor, timestep: Tensor, position_ids: Tensor) -> Tensor:
-        """(batch, tokens, latent_dim), (batch, tokens), (batch, tokens) -> (batch, tokens, hidden)."""
+    def embed_latents(self, latents: Tensor, timestep: Tensor, latent_grids: Tensor) -> Tensor:
+        """(batch, tokens, latent_dim), (batch, tokens), (batch, images, 2) -> (batch, tokens, hidden).
+
+        Raises:
+            ValueError: The grids are larger than the latents or than the position table.
+        """
+        side, interpolate = self.config.max_latent_size, self.config.interpolate_pos
+        rows = [
+            [grid_position_ids(grid, side, interpolate) for grid in row if grid[0]] for row in latent_grids.tolist()
+        ]
+        position_ids = torch.zeros(latents.shape[:2], dtype=torch.long)
+        for row_ids, row in zip(position_ids, rows, strict=True):
+            count = sum(map(len, row))
+            if count > len(row_ids):
+                raise ValueError(f"latent_grids name {count} tokens, but latents have {len(row_ids)} a row")
+            row_ids[:count] = torch.cat([*row, row_ids[:0]])
         embeds = self.vae2llm(latents.to(self.vae2llm.weight.dtype)) + self.time_embedder(timestep)
-        return cast(Tensor, embeds + self.latent_pos_embed(position_ids))
+        return cast(Tensor, embeds + self.latent_pos_embed(position_ids.to(latents.device)))
 
     def _run(
         self,
@@ -653,7 +668,6 @@ class BagelForConditionalGeneration(BagelPreTrainedModel, GenerationMixin):
         """
         batch = collate(
             [[] if segment is None else [segment] for segment in segments],
-            max_latent_size=self.config.max_latent_size,
             first_positions=context.next_position.tolist(),
         )
         # Not self.device: an offloaded model is moved when it is called.
@@ -686,12 +700,11 @@ class BagelForConditionalGeneration(BagelPreTrainedModel, GenerationMixin):
         """
         batch, num_tokens, _ = latents.shape
         device = latents.device
-        ids = [grid_position_ids(grid, self.config.max_latent_size) for grid in grids]
-        position_ids = F.pad(pad_sequence(ids, batch_first=True), (0, num_tokens - max(map(len, ids)))).to(device)
-        lengths = torch.tensor([len(x) for x in ids], device=device)
+        lengths = torch.tensor([rows * columns for rows, columns in grids], device=device)
         markers = torch.tensor([self.config.start_of_image_token_id, self.config.end_of_image_token_id], device=device)
         understanding = self.get_input_embeddings()(markers).expand(batch, -1, -1)  # (B, 2, D)
-        generation = self.embed_latents(latents, timestep.to(device)[:, None].expand(-1, num_tokens), position_ids)
+        timesteps = timestep.to(device)[:, None].expand(-1, num_tokens)
+        generation = self.embed_latents(latents, timesteps, torch.tensor(grids)[:, None])  # (B, tokens, D)
         real = torch.arange(-2, num_tokens, device=device) < lengths[:, None]  # (B, 2 + tokens)
         segment_ids = torch.where(real, 0, PADDING)
         _, hidden = self._run(

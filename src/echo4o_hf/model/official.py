@@ -66,7 +66,7 @@ VISION_SIZES = (
     "image_size",
 )
 VISION_OPTIONS = ("layer_norm_eps", "hidden_act")
-OPTIONS = ("connector_act", "timestep_shift")
+OPTIONS = ("connector_act", "interpolate_pos", "timestep_shift")
 
 
 def official_config_dict(folder: str | os.PathLike[str]) -> dict[str, Any]:

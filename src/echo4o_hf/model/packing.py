@@ -76,10 +76,12 @@ def unpatchify(tokens: Tensor, grid: Grid, patch_size: int, channels: int) -> Te
     return x.reshape(*batch, channels, rows * patch_size, columns * patch_size)
 
 
-def grid_position_ids(grid: Grid, max_per_side: int) -> Tensor:
+def grid_position_ids(grid: Grid, max_per_side: int, interpolate: bool = False) -> Tensor:
     """Ids into a square table of positions, row by row: (rows * columns,).
 
-    The stride is the table's side, not the image's (official `get_flattened_position_ids_extrapolate`).
+    The stride is the table's side, not the image's (official `get_flattened_position_ids_extrapolate`); with
+    `interpolate`, the image is spread over the whole table (`get_flattened_position_ids_interpolate`, whose float32
+    steps decide at the edges of cells).
 
     Raises:
         ValueError: The grid is larger than the table.
@@ -89,7 +91,12 @@ def grid_position_ids(grid: Grid, max_per_side: int) -> Tensor:
         raise ValueError(
             f"an image of {rows}x{columns} tokens does not fit the table of {max_per_side}x{max_per_side}"
         )
-    return (torch.arange(rows)[:, None] * max_per_side + torch.arange(columns)).flatten()
+    row_ids, column_ids = torch.arange(rows), torch.arange(columns)
+    if interpolate:
+        edges = torch.arange(1 / max_per_side, 1.0, 1 / max_per_side)
+        row_ids = torch.bucketize(torch.arange(0, 1 - 1e-6, 1 / rows), edges, right=True)
+        column_ids = torch.bucketize(torch.arange(0, 1 - 1e-6, 1 / columns), edges, right=True)
+    return (row_ids[:, None] * max_per_side + column_ids).flatten()
 
 
 @dataclass
@@ -103,9 +110,9 @@ class _Row:
     patches: list[Tensor] = field(default_factory=list)
     vision_grids: list[Grid] = field(default_factory=list)
     latents: list[Tensor] = field(default_factory=list)
-    latent_position_ids: list[Tensor] = field(default_factory=list)
+    latent_grids: list[Grid] = field(default_factory=list)
 
-    def add(self, segment: Segment, sample: int, index: int, position: int, max_latent_size: int) -> None:
+    def add(self, segment: Segment, sample: int, index: int, position: int) -> None:
         understanding, generation = self.structure
         ids = segment.input_ids
         role = {"text": TEXT, "vision": IMAGE, "latents": IMAGE, "target": TARGET}[segment.role]
@@ -125,13 +132,12 @@ class _Row:
         if segment.latents is not None and segment.grid is not None:
             generation.extend([[position, index, role, sample]] * segment.latents.shape[0])
             self.latents.append(segment.latents)
-            self.latent_position_ids.append(grid_position_ids(segment.grid, max_latent_size))
+            self.latent_grids.append(segment.grid)
 
 
 def collate(
     samples: Sequence[Sequence[Segment]],
     *,
-    max_latent_size: int,
     packed: bool = False,
     padding_side: Literal["left", "right"] = "right",
     first_positions: Sequence[int] | None = None,
@@ -148,7 +154,6 @@ def collate(
 
     Args:
         samples: One list of segments per sample.
-        max_latent_size: Side of the model's table of latent positions.
         packed: All samples in one row, each seeing only itself, instead of one padded row per sample.
         padding_side: Where shorter understanding streams are padded.
         first_positions: Rope position at which each sample begins; 0 by default.
@@ -160,7 +165,7 @@ def collate(
         row = rows[0 if packed else number]
         index = index if packed else 0
         for segment in segments:
-            row.add(segment, number if packed else 0, index, position, max_latent_size)
+            row.add(segment, number if packed else 0, index, position)
             position += segment.rope_advance
             index += 1
     return _stack(rows, padding_side)
@@ -192,9 +197,8 @@ def _stack(rows: list[_Row], padding_side: Literal["left", "right"]) -> dict[str
         batch["vision_grids"] = pad([torch.tensor(row.vision_grids, dtype=torch.long).reshape(-1, 2) for row in rows])
     if any(row.latents for row in rows):
         latent_dim = next(row.latents[0].shape[-1] for row in rows if row.latents)
-        none = torch.zeros(0, dtype=torch.long)
         batch["latents"] = pad(
             [torch.cat([*(x.float().cpu() for x in row.latents), torch.zeros(0, latent_dim)]) for row in rows]
         )
-        batch["latent_position_ids"] = pad([torch.cat([*row.latent_position_ids, none]) for row in rows])
+        batch["latent_grids"] = pad([torch.tensor(row.latent_grids, dtype=torch.long).reshape(-1, 2) for row in rows])
     return batch

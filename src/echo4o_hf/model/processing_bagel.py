@@ -134,7 +134,7 @@ class BagelProcessor(ProcessorMixin):
             [*map(self.vision_segment, row_images), self.text_segment(row_text), bos]
             for row_text, row_images in zip(texts, images_per_text(images, len(texts)), strict=True)
         ]
-        data = collate(rows, max_latent_size=0, padding_side="left")
+        data = collate(rows, padding_side="left")
         is_text_id = attention_mask = data["segment_ids"] != PADDING  # (B, U)
         if not padding and not attention_mask.all():
             raise ValueError(f"the rows have {attention_mask.sum(1).tolist()} tokens; pass padding=True to stack them")
