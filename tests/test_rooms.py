@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import re
 from pathlib import Path
 
 import pytest
@@ -95,3 +96,13 @@ def test_frozen_module_paths(module: str) -> None:
     loaded = importlib.import_module(module)
     for name in FROZEN[module]:
         assert getattr(loaded, name).__module__ == module
+
+
+def test_the_table_in_contributing_is_this_one() -> None:
+    text = (PACKAGE.parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| `(\w+)/` \|.*\| ([^|]+) \|$", text, re.MULTILINE))
+    assert rows.keys() == {path.name for path in PACKAGE.iterdir() if any(path.glob("*.py"))}
+    for room, allowed in rows.items():
+        expected = MAY_IMPORT[room]
+        named = set(re.findall(r"`(\w+)`", allowed)) or (MAY_IMPORT.keys() - {room} if "any" in allowed else set())
+        assert named == expected
