@@ -35,7 +35,7 @@ class Context:
         return self.attention_mask.shape[1]
 
     def copy(self) -> Context:
-        """The same tokens; what is appended to one is not in the other. Costs no memory: nothing is written in place."""
+        """The same tokens; what is appended to one is not in the other. Nothing is copied in memory."""
         return Context(_cache(self._layers()), self.attention_mask, self.next_position)
 
     def select(self, rows: Sequence[int]) -> Context:
