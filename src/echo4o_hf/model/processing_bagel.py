@@ -44,13 +44,11 @@ class BagelProcessor(ProcessorMixin):
         # `add_tokens` counts tokens that existed already (seen with transformers 5.23): ask before, trust no count.
         known = tokenizer.get_added_vocab()
         tokenizer.add_tokens([token for token in SPECIAL_TOKENS if token not in known], special_tokens=True)
-        ids = [int(tokenizer.convert_tokens_to_ids(token)) for token in SPECIAL_TOKENS]  # type: ignore[arg-type]
+        ids = [int(tokenizer.convert_tokens_to_ids(token)) for token in SPECIAL_TOKENS]
         self.bos_token_id, self.eos_token_id, self.start_of_image_token_id, self.end_of_image_token_id = ids
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]
-        cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
-    ) -> BagelProcessor:
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> BagelProcessor:
         """Loads what `save_pretrained` wrote, or the tokenizer of a checkpoint in the official layout.
 
         The library's own method asks `AutoImageProcessor`, which knows our class only after registration.
