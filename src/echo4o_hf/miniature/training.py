@@ -32,6 +32,7 @@ SHARED = Path(__file__).parent / "checkpoints" / "shared"
 CAPTION_NOISE = 0.4
 BATCH_SIZE = 32
 NOISE_DRAWS = 4
+CHECKPOINT_STEPS = 100
 EMA_DECAY = 0.998
 WARMUP_STEPS = 100
 DECAY_SHARE = 0.4  # of the steps, at the end, with a falling learning rate
@@ -100,7 +101,7 @@ def train(
         steps: Batches; one in eight is of descriptions or of references.
         learning_rate: Of AdamW.
         seed: Decides batches, noise and timesteps.
-        checkpoint: State that is written every 100 steps and read at the start, so that a stopped run goes on.
+        checkpoint: State that is written every `CHECKPOINT_STEPS` steps and read at the start, so that a stopped run goes on.
         on_step: Called with the number of steps done, for a progress bar.
 
     Returns:
@@ -132,7 +133,7 @@ def train(
         average.update_parameters(model)
         losses.append(float("nan") if output.flow_loss is None else output.flow_loss.item())
         on_step(step + 1)
-        if checkpoint is not None and (step + 1) % 100 == 0:
+        if checkpoint is not None and (step + 1) % CHECKPOINT_STEPS == 0:
             _save_state(checkpoint, stateful, losses)
     model.load_state_dict(average.module.state_dict())
     model.eval()
