@@ -11,7 +11,8 @@ from diffusers import AutoencoderKL
 from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModel, AutoProcessor
+from tokenizers import Tokenizer, models
+from transformers import AutoConfig, AutoModel, AutoProcessor, PreTrainedTokenizerFast, Qwen2Tokenizer
 
 import echo4o_hf
 from echo4o_hf.model import checkpoint
@@ -19,7 +20,7 @@ from echo4o_hf.model.checkpoint import find_official_files, is_official_layout, 
 from echo4o_hf.model.configuration_bagel import BagelConfig
 from echo4o_hf.model.files import check_finite, new_folder
 from echo4o_hf.model.modeling_bagel import BagelForConditionalGeneration
-from echo4o_hf.model.official import official_config_dict, vae_config, write_official
+from echo4o_hf.model.official import load_tokenizer, official_config_dict, vae_config, write_official
 from echo4o_hf.model.processing_bagel import BagelProcessor
 from echo4o_hf.model.vae import load_vae, official_name
 
@@ -190,6 +191,19 @@ def test_official_code_finds_its_tokenizer_files(official):
     assert {"vocab.json", "merges.txt"} <= set(os.listdir(official))
 
 
+def test_vocabulary_and_merges_are_enough(official):
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (official / file).unlink()
+    tokenizer = load_tokenizer(official)
+    assert isinstance(tokenizer, Qwen2Tokenizer) and tokenizer.tokenize("a cat") == ["a", "Ġ", "c", "a", "t"]
+
+
+def test_tokenizers_of_another_class_are_kept(tmp_path):
+    words = Tokenizer(models.WordLevel({"a": 0, "cat": 1}, unk_token="a"))
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path)
+    assert load_tokenizer(tmp_path).get_vocab() == {"a": 0, "cat": 1}
+
+
 def test_dtype(official):
     loaded = load_components(official, dtype=torch.bfloat16)
     assert {loaded["model"].dtype, loaded["vae"].dtype} == {torch.bfloat16}
@@ -214,6 +228,8 @@ def test_without_weights_json_and_published_sizes_count(official):
     config = official_config_dict(official)
     assert (config["max_latent_size"], config["latent_patch_size"], config["latent_channels"]) == (64, 2, 16)
     assert config["vit_max_num_patch_per_side"] == 4
+    edit_json(official / "config.json", max_latent_size=32)
+    assert official_config_dict(official)["max_latent_size"] == 32
     assert "transformers_weights" not in config
 
 

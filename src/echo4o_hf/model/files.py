@@ -150,13 +150,10 @@ def check_finite(module: nn.Module, source: object) -> None:
 def check_loading_info(info: dict[str, Any], source: object) -> None:
     """Complain about what transformers' `from_pretrained(..., output_loading_info=True)` only logs.
 
-    Tables of positions that are missing are no fault: the model computes them.
-
     Raises:
         ValueError: tensors are missing, unexpected or of another shape; they are named.
     """
-    missing = [name for name in info["missing_keys"] if not name.endswith("_pos_embed.pos_embed")]
-    check_tensors(source, missing, info["unexpected_keys"], info["mismatched_keys"])
+    check_tensors(source, info["missing_keys"], info["unexpected_keys"], info["mismatched_keys"])
 
 
 @contextmanager
