@@ -99,6 +99,8 @@ def test_an_image_is_the_same_in_a_batch_and_alone(pipe):
         assert image.size == alone.size
         difference = np.array(image).astype(int) - np.array(alone)
         assert np.abs(difference).max() <= 1
+    latents = pipe(prompts, image=references, **FAST).images
+    assert latents.shape == (3, 16, 16) and not latents[2, 4:].any()  # padding
 
 
 def test_images_per_prompt(pipe):
@@ -176,6 +178,10 @@ def test_thinking_in_a_batch_and_per_image(pipe):
     both = pipe(["a red cat", "two hats"], num_images_per_prompt=2, generator=[seed(0)] * 4, **arguments)
     alone = [pipe(prompt, **arguments).texts[0] for prompt in ("a red cat", "two hats")]
     assert both.texts == [alone[0], alone[0], alone[1], alone[1]]
+    mixed = pipe.encode_contexts([[CAT, "a red cat"], ["two hats"]], max_think_tokens=4)
+    single = pipe.encode_contexts([["two hats"]], max_think_tokens=4)
+    for name in ("conditional", "without_text", "without_images"):
+        assert getattr(mixed, name).next_position[1] == getattr(single, name).next_position[0]
 
 
 def test_an_empty_plan_is_no_plan(pipe, batch_sizes):

@@ -144,7 +144,7 @@ class Echo4oPipeline(DiffusionPipeline):
         thinking: bool = False,
         max_think_tokens: int = 1000,
         num_images_per_prompt: int = 1,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
         latents: Tensor | None = None,
         output_type: str = "pil",
         callback_on_step_end: Callable[[Any, int, Tensor, dict[str, Any]], dict[str, Any]] | None = None,
@@ -235,7 +235,7 @@ class Echo4oPipeline(DiffusionPipeline):
         grids: list[Grid],
         num_inference_steps: int,
         max_think_tokens: int | None,
-        generator: torch.Generator | list[torch.Generator] | None,
+        generator: torch.Generator | Sequence[torch.Generator] | None,
         latents: Tensor | None,
         output_type: str,
         tensor_inputs: Sequence[str],
@@ -256,7 +256,7 @@ class Echo4oPipeline(DiffusionPipeline):
         unknown = sorted(set(tensor_inputs) - set(self._callback_tensor_inputs))
         if unknown:
             raise ValueError(f"callbacks get {', '.join(self._callback_tensor_inputs)}, not {', '.join(unknown)}")
-        if isinstance(generator, list) and len(generator) != len(grids):
+        if isinstance(generator, (list, tuple)) and len(generator) != len(grids):
             raise ValueError(f"{len(generator)} generators for {len(grids)} images; pass one, or one per image")
         shape = (len(grids), max(rows * columns for rows, columns in grids), self.model.config.latent_dim)
         if latents is not None and tuple(latents.shape) != shape:
@@ -348,11 +348,11 @@ class Echo4oPipeline(DiffusionPipeline):
         return [text.strip() for text in self.processor.batch_decode(ids, skip_special_tokens=True)]
 
     def prepare_latents(
-        self, grids: list[Grid], generator: torch.Generator | list[torch.Generator] | None, latents: Tensor | None
+        self, grids: list[Grid], generator: torch.Generator | Sequence[torch.Generator] | None, latents: Tensor | None
     ) -> Tensor:
         """Noise (B, N, D) in float32, drawn image by image and in the order of tokens, as the official code does."""
         if latents is None:
-            generators = generator if isinstance(generator, list) else [generator] * len(grids)
+            generators = generator if isinstance(generator, (list, tuple)) else [generator] * len(grids)
             noise = [
                 torch.randn(
                     rows * columns,
