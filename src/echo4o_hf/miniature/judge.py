@@ -24,6 +24,7 @@ UNKNOWN_SHAPE = "blob"
 MIN_AREA = 20.0  # pixels; the smallest star of the world covers about 50
 MIN_OVERLAP = 0.70  # intersection over union with the best template, chosen on held-out scenes
 MIN_SIZE_RATIO = 1.4  # of the longer sides, for "larger" and "smaller"
+SOFTNESS = (0.4, 0.8)  # pixels of blur on the templates, for a decoder rounds corners off; chosen on held-out scenes
 _TEMPLATE_SIDE = 32
 
 Mask = NDArray[np.float32]
@@ -116,7 +117,8 @@ def _describe(own: NDArray[np.bool_], strength: Mask, color: str) -> Found:
     weight = np.where(ndimage.binary_dilation(own), strength, np.float32(0))
     rows, cols = np.flatnonzero(own.any(1)), np.flatnonzero(own.any(0))
     outline, templates = _normalised(weight), _templates(large=max(np.ptp(rows), np.ptp(cols)) > CELL)
-    overlaps = np.minimum(outline, templates).sum((1, 2)) / np.maximum(outline, templates).sum((1, 2))
+    shared, joined = np.minimum(outline, templates).sum((2, 3)), np.maximum(outline, templates).sum((2, 3))
+    overlaps = (shared / joined).max(0)
     best = int(overlaps.argmax())
     y, x = ndimage.center_of_mass(weight)
     return Found(
@@ -131,11 +133,11 @@ def _describe(own: NDArray[np.bool_], strength: Mask, color: str) -> Found:
 
 @lru_cache
 def _templates(large: bool) -> Mask:
-    """(shapes, 32, 32): every shape as it looks when it is drawn at that size, slightly softened and measured."""
+    """(softness, shapes, 32, 32): every shape as it looks when it is drawn at that size, softened and measured."""
     side = sum(SIDES["large" if large else "normal"]) // 2
     drawn = [ImageOps.expand(shape_mask(shape, side * 8).reduce(8), 4) for shape in SHAPES]
-    soft = [ndimage.gaussian_filter(np.asarray(mask, dtype=np.float32) / 255, 0.4) for mask in drawn]
-    return np.stack([_normalised(mask) for mask in soft])
+    masks = [np.asarray(mask, dtype=np.float32) / np.float32(255) for mask in drawn]
+    return np.stack([[_normalised(ndimage.gaussian_filter(mask, soft)) for mask in masks] for soft in SOFTNESS])
 
 
 def _normalised(weight: Mask) -> Mask:
