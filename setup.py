@@ -26,7 +26,7 @@ setup(
     packages=find_packages("src"),
     package_data={
         "echo4o_hf": ["py.typed"],
-        "echo4o_hf.miniature": ["**/*.json", "**/*.jsonl", "**/*.safetensors", "**/*.txt"],
+        "echo4o_hf.miniature": ["**/*.json", "**/*.jsonl", "**/*.md", "**/*.safetensors", "**/*.txt"],
         "echo4o_hf.report": ["*.jinja"],
     },
     entry_points={"console_scripts": ["echo4o = echo4o_hf.cli:main"]},
