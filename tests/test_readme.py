@@ -13,7 +13,7 @@ from echo4o_hf.cli import build_parser
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-MAPPED_BY_FOLDER = {"tests", "examples", "checkpoints"}  # their files are not listed one by one
+MAPPED_BY_FOLDER = {"tests", "examples", "benchmark", "checkpoints"}  # their files are not listed one by one
 
 
 def blocks(language: str) -> list[str]:
@@ -62,6 +62,12 @@ def test_commands_exist(command: list[str]) -> None:
         assert build_parser().parse_args(arguments).run
     else:
         assert command[:4] == ["pip", "install", "-c", "constraints.txt"]
+
+
+def test_benchmark_commands_exist() -> None:
+    text = (ROOT / "BENCHMARKS.md").read_text(encoding="utf-8")
+    scripts = re.findall(r"python (benchmark/\w+\.py)", text)
+    assert scripts and all((ROOT / script).exists() for script in scripts)
 
 
 def test_help_is_the_commands(monkeypatch: pytest.MonkeyPatch) -> None:
