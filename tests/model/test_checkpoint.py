@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModel, AutoProcessor, PreTrainedTokeniz
 
 import echo4o_hf
 from echo4o_hf.model import checkpoint
-from echo4o_hf.model.checkpoint import find_official_files, is_official_layout, layout, load_components, resolve
+from echo4o_hf.model.checkpoint import find_files, is_official_layout, layout, load_components, resolve
 from echo4o_hf.model.configuration_bagel import BagelConfig
 from echo4o_hf.model.files import check_finite, new_folder
 from echo4o_hf.model.modeling_bagel import BagelForConditionalGeneration
@@ -335,14 +335,14 @@ def test_folder_that_is_no_checkpoint(tmp_path):
     (tmp_path / "notes.txt").write_text("")
     with pytest.raises(FileNotFoundError, match=r"looked for model_index.json .*ema.safetensors.*found notes.txt"):
         load_components(tmp_path)
-    assert find_official_files(tmp_path) is None
+    assert find_files(tmp_path, "model") is None
     assert layout(tmp_path) is None
 
 
 def test_own_layout_is_left_to_transformers(components, tmp_path):
     components["model"].save_pretrained(tmp_path)
     assert resolve(tmp_path) == tmp_path and layout(tmp_path) == "model"
-    assert find_official_files(tmp_path) is None
+    assert find_files(tmp_path, "model") is None
     assert BagelForConditionalGeneration.from_pretrained(tmp_path).config.max_latent_size == 8
 
 
@@ -355,6 +355,16 @@ def test_bundled_names(official, tmp_path, monkeypatch):
     assert resolve("echo4o-miniature") == tmp_path / "bundled" / "echo4o-miniature"
     shutil.copytree(official, tmp_path / "echo4o-miniature")
     assert resolve("echo4o-miniature").resolve() == tmp_path / "echo4o-miniature"
+
+
+def test_parts_of_a_saved_pipeline_load_by_its_name(components, tmp_path, monkeypatch):
+    components["model"].save_pretrained(tmp_path / "saved" / "model")
+    components["processor"].save_pretrained(tmp_path / "saved" / "processor")
+    (tmp_path / "saved" / "model_index.json").write_text("{}")
+    assert BagelConfig.from_pretrained(tmp_path / "saved").max_latent_size == 8
+    assert BagelProcessor.from_pretrained(tmp_path, subfolder="saved").bos_token_id == 257
+    model = BagelForConditionalGeneration.from_pretrained(tmp_path / "saved")
+    assert torch.equal(model.llm2vae.weight, components["model"].llm2vae.weight)
 
 
 def test_bundled_pipelines_share_parts(official, tmp_path, monkeypatch):

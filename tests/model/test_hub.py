@@ -20,7 +20,7 @@ REPOSITORY = "someone/Echo-4o"
 LOAD = """
 import json
 from pathlib import Path
-from echo4o_hf.model.checkpoint import find_official_files, load_components, resolve
+from echo4o_hf.model.checkpoint import find_files, load_components, resolve
 
 def outcome(load, *arguments, **options):
     try:
@@ -138,7 +138,7 @@ def run(script, home, **environment):
 def test_by_name_then_from_the_cache_then_without_network(hub, tmp_path):
     online = """
 from echo4o_hf import BagelForConditionalGeneration, BagelProcessor
-files = sorted(path.name for path in find_official_files("someone/Echo-4o").iterdir())
+files = sorted(path.name for path in find_files("someone/Echo-4o", "model").iterdir())
 print(json.dumps({
     "config only": files,
     "main": outcome(scale),

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 __all__ = [
     "check_finite",
     "check_loading_info",
-    "find_official_files",
+    "find_files",
     "is_official_layout",
     "layout",
     "layout_of",
@@ -69,12 +69,7 @@ COMPONENTS = ("model", "vae", "scheduler", "processor")
 OFFICIAL_FILES = ("ema.safetensors", "ae.safetensors", "llm_config.json", "vit_config.json")
 SAVED_VAE_FILE = "diffusion_pytorch_model.safetensors"  # diffusers' name
 OFFICIAL_SHIFT = 3.0  # of the sampling schedule
-CONFIG_FILES = (
-    "config.json",
-    "generation_config.json",
-    "preprocessor_config.json",
-    "processor_config.json",
-)
+CONFIG_FILES = ("config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json")
 
 
 def resolve(
@@ -113,10 +108,16 @@ def resolve(
     return folder
 
 
-def find_official_files(
-    path: str | os.PathLike[str], revision: str | None = None, subfolder: str | None = None, **hub_options: Any
+def find_files(
+    path: str | os.PathLike[str],
+    component: str,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    **hub_options: Any,
 ) -> Path | None:
-    """As `resolve`, but None if `path` is not in the official layout, and from the Hub without the weights.
+    """The local folder with the JSON files of "model" or "processor"; from the Hub, without the weights.
+
+    None if `path` is neither a saved pipeline nor in the official layout: transformers finds the files itself.
 
     Raises:
         OSError: `path` is neither here nor on the Hub, or there is no network.
@@ -126,19 +127,20 @@ def find_official_files(
         return None
     root, names = _names(path, revision, subfolder, hub_options)
     place = _place(names, subfolder, path)
-    if place is None or layout_of(_inside(names, place)) != "official":
+    if place is None or layout_of(_inside(names, place)) not in ("official", "pipeline"):
         return None
     if _local_folder(path) is None:
-        wanted = [name for name in _wanted_files(_inside(names, place)) if not name.endswith(".safetensors")]
-        _complete(str(path), root, place, wanted, hub_options)
-    return root / place
+        wanted = _wanted_files(_inside(names, place), component)
+        _complete(str(path), root, place, [name for name in wanted if not name.endswith(".safetensors")], hub_options)
+    return component_folder(root / place, component)
 
 
 def is_official_layout(
     path: str | os.PathLike[str], subfolder: str | None = None, revision: str | None = None, **hub_options: Any
 ) -> bool:
     """Whether `path` (as in `resolve`) is a checkpoint in the official layout."""
-    return find_official_files(path, revision, subfolder, **hub_options) is not None
+    folder = find_files(path, "model", revision, subfolder, **hub_options)
+    return folder is not None and layout(folder) == "official"
 
 
 def layout(folder: Path) -> str | None:

@@ -140,16 +140,19 @@ class BagelConfig(PreTrainedConfig):
         from .checkpoint import (  # needs transformers' tokenizers, this file not
             HUB_OPTIONS,
             LOOKUP_OPTIONS,
-            find_official_files,
+            find_files,
+            layout,
             official_config_dict,
         )
 
         hub_options = {name: kwargs[name] for name in HUB_OPTIONS if kwargs.get(name)}
-        folder = find_official_files(pretrained_model_name_or_path, **hub_options)
+        folder = find_files(pretrained_model_name_or_path, "model", **hub_options)
         if folder is None:
             return super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         settings = {name: kwargs[name] for name in kwargs if name not in (*HUB_OPTIONS, *LOOKUP_OPTIONS)}
-        return official_config_dict(folder), settings
+        if layout(folder) == "official":
+            return official_config_dict(folder), settings
+        return super().get_config_dict(folder, **settings)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:

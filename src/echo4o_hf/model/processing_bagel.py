@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.image_processing_utils import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 
-from .checkpoint import find_official_files, load_processor
+from .checkpoint import find_files, layout, load_processor
 from .configuration_bagel import BagelConfig
 from .image_processing_bagel import BagelImageProcessor, ImageLike
 from .packing import PADDING, Segment, collate, patchify
@@ -49,14 +49,17 @@ class BagelProcessor(ProcessorMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> BagelProcessor:
-        """Loads what `save_pretrained` wrote, or the tokenizer of a checkpoint in the official layout.
+        """Loads what `save_pretrained` wrote, the processor of a saved pipeline, or that of the official layout.
 
         The library's own method asks `AutoImageProcessor`, which knows our class only after registration.
         """
         hub_options = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
-        official = find_official_files(pretrained_model_name_or_path, **hub_options)
-        if official is not None:
-            return load_processor(official, BagelConfig.from_pretrained(official))
+        folder = find_files(pretrained_model_name_or_path, "processor", **hub_options)
+        if folder is not None and layout(folder) == "official":
+            return load_processor(folder, BagelConfig.from_pretrained(folder))
+        if folder is not None:
+            pretrained_model_name_or_path = folder
+            kwargs = {name: value for name, value in kwargs.items() if name not in hub_options}
         image_processor = BagelImageProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs)
         tokenizer = AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs)
         return cls(image_processor, tokenizer)
