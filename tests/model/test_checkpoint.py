@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, BitsAndBytesConfig
 from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
+from diffusers.quantizers import PipelineQuantizationConfig
 from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
@@ -189,6 +190,25 @@ def test_round_trip(components, official):
 
 def test_official_code_finds_its_tokenizer_files(official):
     assert {"vocab.json", "merges.txt"} <= set(os.listdir(official))
+
+
+def test_device_map(official, tmp_path):
+    loaded = load_components(official, device_map="cpu")
+    assert {loaded["model"].device.type, loaded["vae"].device.type} == {"cpu"}
+
+    parts = [name for name, _ in loaded["model"].named_children()]
+    places = {**dict.fromkeys(parts, "cpu"), "vit_model": "disk"}
+    offloaded = BagelForConditionalGeneration.from_pretrained(
+        official, device_map=places, offload_folder=tmp_path / "offload"
+    )
+    with pytest.raises(ValueError, match=r"offloaded \(vit_model.*load the model without device_map"):
+        write_official({**loaded, "model": offloaded}, tmp_path / "written")
+    assert not (tmp_path / "written").exists()
+
+
+def test_quantization_of_other_parts_leaves_the_model_alone(official):
+    config = PipelineQuantizationConfig(quant_mapping={"vae": BitsAndBytesConfig(load_in_8bit=True)})
+    assert load_components(official, quantization_config=config)["model"].dtype == torch.float32
 
 
 def test_vocabulary_and_merges_are_enough(official):
