@@ -33,7 +33,7 @@ def shipped() -> AutoencoderKL:
 
 def test_decoded_truths_still_pass(shipped):
     rates = decoded_truths(shipped, 6, seed=11)
-    assert np.mean(list(rates.values())) >= 0.55, rates  # the untrained decoder passes none
+    assert np.mean(list(rates.values())) >= 0.80, rates  # the untrained decoder passes none
 
 
 def test_latents_are_normalised(shipped):

@@ -21,7 +21,9 @@ def test_the_journey_leaves_a_report_and_goes_on_where_it_was(tiny, tmp_path, ca
     assert all(run["num_items"] == 7 and set(run["per_tag"]) == set(TAGS) for run in results["runs"])
     assert json.loads((output / "results.json").read_text()) == results
     page = (output / "report.html").read_text()
-    assert page.count("data:image/png;base64,") >= 28 and "NaN" not in (output / "fine-tuned.training.json").read_text()
+    assert (
+        page.count("data:image/png;base64,") >= 28 and "NaN" not in (output / "fine-tuned.training.json").read_text()
+    )
     assert "Shapes-140" in capsys.readouterr().out
     assert isinstance(Echo4oPipeline.from_pretrained(output / "fine-tuned"), Echo4oPipeline)
 

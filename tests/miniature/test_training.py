@@ -55,8 +55,8 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(processor, examples, tmp
             raise Stopped
 
     with pytest.raises(Stopped):
-        run(processor, examples, checkpoint=tmp_path / "state.pt", on_step=stop)
-    resumed, losses = run(processor, examples, checkpoint=tmp_path / "state.pt")
+        run(processor, examples, checkpoint=tmp_path / "state.safetensors", on_step=stop)
+    resumed, losses = run(processor, examples, checkpoint=tmp_path / "state.safetensors")
     np.testing.assert_array_equal(losses, expected)
     assert np.isnan(losses[0]) and np.isfinite(losses[1:3]).all()  # a step that describes, steps that draw
     for name, value in straight.state_dict().items():

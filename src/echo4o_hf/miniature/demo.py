@@ -21,7 +21,7 @@ from echo4o_hf.report.report import write_report
 
 BASE, SHIPPED = "bagel-miniature", "echo4o-miniature"
 TUNED, CONTROL = "fine-tuned", "control"
-LEARNING_RATE = 1e-3
+LEARNING_RATE = 1.5e-3
 FULL = {"items_per_tag": 20, "examples": 6000, "steps": 250}
 QUICK = {"items_per_tag": 5, "examples": 1200, "steps": 40}
 
@@ -106,7 +106,7 @@ class _Journey:
                     steps=self.size["steps"],
                     learning_rate=LEARNING_RATE,
                     seed=self.seed,
-                    checkpoint=self.output / f"{name}.state.pt",
+                    checkpoint=self.output / f"{name}.state.safetensors",
                     on_step=lambda step: bar.update(step - bar.n) and None,
                 )
             pipeline.save_pretrained(self.output / name)

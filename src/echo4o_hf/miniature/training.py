@@ -10,6 +10,7 @@ goes on from its last checkpoint.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import time
 from collections.abc import Callable
@@ -18,8 +19,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
-from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from echo4o_hf.miniature.examples import Example, Examples, Task, add_latents, draw_examples
@@ -79,7 +82,8 @@ def make_examples(
     tasks: dict[Task, list[Example]] = {}
     for task, number in counts.items():
         tasks[task] = draw_examples(task, number, seed, noise)
-        add_latents(tasks[task], vae, processor, config.latent_patch_size)
+        if task != "describe":
+            add_latents(tasks[task], vae, processor, config.latent_patch_size)
     return Examples(tasks, processor, (config.max_latent_size, config.max_latent_size))
 
 
@@ -101,7 +105,7 @@ def train(
         steps: Batches; one in eight is of descriptions or of references.
         learning_rate: Of AdamW.
         seed: Decides batches, noise and timesteps.
-        checkpoint: State that is written every `CHECKPOINT_STEPS` steps and read at the start, so that a stopped run goes on.
+        checkpoint: State, written every `CHECKPOINT_STEPS` steps and read at the start: a stopped run goes on.
         on_step: Called with the number of steps done, for a progress bar.
 
     Returns:
@@ -111,12 +115,10 @@ def train(
         ValueError: The loss is not finite.
     """
     model.train()
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(EMA_DECAY))
+    average = AveragedModel(model, avg_fn=_moving_average)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _schedule(step, steps))
-    stateful = {"model": model, "average": average, "optimizer": optimizer, "schedule": schedule}
-    losses: list[float] = _resume(checkpoint, stateful)
+    losses = _resume(checkpoint, model, average, optimizer)
     for step in range(len(losses), steps):
         torch.manual_seed(seed * 1_000_003 + step)
         rng = np.random.default_rng([seed, step])
@@ -127,36 +129,61 @@ def train(
             raise ValueError(f"the loss is {output.loss.item()} at step {step}; lower learning_rate={learning_rate}")
         output.loss.backward()
         nn.utils.clip_grad_norm_(trained, 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * _schedule(step, steps)
         optimizer.step()
-        schedule.step()
         optimizer.zero_grad()
         average.update_parameters(model)
         losses.append(float("nan") if output.flow_loss is None else output.flow_loss.item())
         on_step(step + 1)
         if checkpoint is not None and (step + 1) % CHECKPOINT_STEPS == 0:
-            _save_state(checkpoint, stateful, losses)
+            _save_state(checkpoint, model, average, optimizer, losses)
     model.load_state_dict(average.module.state_dict())
     model.eval()
     return losses
+
+
+def _moving_average(average: Tensor, current: Tensor, count: Tensor | int) -> Tensor:
+    """Exponential, over a tenth of the steps at first: a short run would else end close to where it began."""
+    return torch.lerp(average, current, max(1 - EMA_DECAY, 9 / (10 + int(count))))
 
 
 def _schedule(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / WARMUP_STEPS, max(0.02, (steps - step) / (DECAY_SHARE * steps)))
 
 
-def _resume(checkpoint: Path | None, stateful: dict[str, object]) -> list[float]:
+def _resume(
+    checkpoint: Path | None, model: nn.Module, average: nn.Module, optimizer: torch.optim.Optimizer
+) -> list[float]:
+    """Restore what `_save_state` wrote, if anything, and return the losses of the steps done."""
     if checkpoint is None or not checkpoint.exists():
         return []
-    state = torch.load(checkpoint, weights_only=True)
-    for name, part in stateful.items():
-        part.load_state_dict(state[name])  # type: ignore[attr-defined]
-    return list(state["losses"])
+    parts: dict[str, dict[str, Tensor]] = {"model": {}, "average": {}, "optimizer": {}}
+    with safe_open(checkpoint, framework="pt") as file:
+        losses = json.loads(file.metadata()["losses"])
+        for name in file.keys():  # noqa: SIM118 (not a mapping)
+            part, _, key = name.partition("/")
+            parts[part][key] = file.get_tensor(name)
+    model.load_state_dict(parts["model"])
+    average.load_state_dict(parts["average"])
+    moments: dict[int, dict[str, Tensor]] = {}
+    for key, value in parts["optimizer"].items():
+        index, _, moment = key.partition(".")
+        moments.setdefault(int(index), {})[moment] = value
+    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+    return [float("nan") if loss is None else loss for loss in losses]
 
 
-def _save_state(checkpoint: Path, stateful: dict[str, object], losses: list[float]) -> None:
-    state = {name: part.state_dict() for name, part in stateful.items()}  # type: ignore[attr-defined]
+def _save_state(
+    checkpoint: Path, model: nn.Module, average: nn.Module, optimizer: torch.optim.Optimizer, losses: list[float]
+) -> None:
+    tensors = {f"model/{name}": value for name, value in model.state_dict().items()}
+    tensors |= {f"average/{name}": value for name, value in average.state_dict().items()}
+    for index, moments in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer/{index}.{name}": value for name, value in moments.items()}
+    known = [None if loss != loss else loss for loss in losses]  # JSON has no NaN
     partial = checkpoint.with_suffix(".partial")
-    torch.save({**state, "losses": losses}, partial)
+    save_file(tensors, partial, metadata={"losses": json.dumps(known)})
     os.replace(partial, checkpoint)
 
 
@@ -199,7 +226,7 @@ def main() -> None:
             steps=arguments.steps,
             learning_rate=arguments.learning_rate,
             seed=arguments.seed,
-            checkpoint=arguments.output / "training_state.pt",
+            checkpoint=arguments.output / "training_state.safetensors",
             on_step=lambda step: bar.update(step - bar.n) and None,
         )
     model.to(torch.bfloat16).save_pretrained(arguments.output)

@@ -76,6 +76,7 @@ class BagelConfig(PreTrainedConfig):
                 "image_size": 980,
             }
         super().__post_init__(**kwargs)
+        self._check_sizes()
         _register_models()
 
     @property
@@ -93,8 +94,8 @@ class BagelConfig(PreTrainedConfig):
         """Values of one vision patch."""
         return 3 * int(self.vision_config.patch_size) ** 2  # type: ignore[union-attr]
 
-    def validate_architecture(self) -> None:
-        """Run by transformers' strict validation."""
+    def _check_sizes(self) -> None:
+        # Not as a `validate_...` method, which transformers runs too: its error would not be a ValueError.
         text, vision = self.text_config, self.vision_config
         assert isinstance(text, Qwen2Config) and isinstance(vision, SiglipVisionConfig)
         _require_multiple("text_config.hidden_size", text.hidden_size, "num_attention_heads", text.num_attention_heads)
