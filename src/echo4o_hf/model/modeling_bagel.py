@@ -448,7 +448,7 @@ class BagelForConditionalGeneration(BagelPreTrainedModel, GenerationMixin):
             latent_grids: (batch, latent images, 2), rows and columns of each, zero-padded.
             noise: Like `latents`, for targets; drawn when absent.
             timestep: (batch, generation tokens) in [0, 1], read on targets; by default one per target, logit-normal
-                and shifted by `config.timestep_shift` (facts of the official trainer).
+                and shifted by `config.timestep_shift` (official `PackedDataset`).
             labels: (batch, understanding tokens), shifted inside as in every causal language model.
             shift_labels: The same, already shifted: the id that each token must predict. -100 is ignored.
             loss_reduction: "none" returns the losses per token.
@@ -651,12 +651,10 @@ class BagelForConditionalGeneration(BagelPreTrainedModel, GenerationMixin):
 
     def _text_loss(self, hidden: Tensor, shift_labels: Tensor, reduction: str) -> Tensor:
         labelled = shift_labels != IGNORE  # (B, U)
-        logits = self.language_model.lm_head(
-            hidden[labelled]
-        ).float()  # (labelled, vocabulary): the full table is huge
-        losses = F.cross_entropy(logits, shift_labels[labelled], reduction="none")
+        logits = self.language_model.lm_head(hidden[labelled])  # (labelled, vocabulary): all tokens' would be huge
+        losses = F.cross_entropy(logits.float(), shift_labels[labelled], reduction="none")
         if reduction == "mean":
-            return losses.mean()
+            return losses.sum() / labelled.sum().clamp(min=1)
         return torch.zeros(labelled.shape, device=losses.device).masked_scatter(labelled, losses)
 
     # ------------------------------------------------------------------------------------------------- inference
