@@ -16,7 +16,7 @@ from echo4o_hf.model.processing_bagel import SPECIAL_TOKENS, BagelProcessor, ima
 GOLDEN = Path(__file__).parents[2] / "../shared/reference/golden_a"
 needs_golden = pytest.mark.skipif(not GOLDEN.exists(), reason=f"reference numbers are not at {GOLDEN}")
 
-WORDS = ["[pad]", "[unk]", "a", "red", "cat", "what", "is", "this"]
+WORDS = ["[unk]", "[pad]", "a", "red", "cat", "what", "is", "this"]
 PHOTO = Image.fromarray(skimage.data.chelsea())
 
 
@@ -73,8 +73,8 @@ def test_a_row_is_images_then_text_then_the_start_of_the_answer(processor):
     bos, eos, start, end = len(WORDS), len(WORDS) + 1, len(WORDS) + 2, len(WORDS) + 3
     rows_of_patches, columns = rows["vision_grids"][0, 0].tolist()
     patches = rows_of_patches * columns
-    assert rows["input_ids"][0].tolist() == [start, end, *[0] * patches, bos, 5, 6, 7, eos, bos]
-    assert rows["input_ids"][1].tolist() == [0] * (patches + 3) + [bos, 2, 4, eos, bos]
+    assert rows["input_ids"][0].tolist() == [start, end, *[1] * patches, bos, 5, 6, 7, eos, bos]
+    assert rows["input_ids"][1].tolist() == [1] * (patches + 3) + [bos, 2, 4, eos, bos]
     assert rows["position_ids"][0].tolist() == [0] * (patches + 2) + [1, 2, 3, 4, 5, 6]
     assert rows["position_ids"][1].tolist() == [0] * (patches + 3) + [0, 1, 2, 3, 4]
     assert rows["segment_ids"][0].tolist() == [0] * (patches + 2) + [1] * 5 + [2]
