@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from echo4o_hf.miniature.examples import Example, Examples, Task, add_latents, draw_examples
+from echo4o_hf.miniature.muon import Muon
 from echo4o_hf.model.configuration_bagel import BagelConfig
 from echo4o_hf.model.modeling_bagel import BagelForConditionalGeneration
 from echo4o_hf.model.packing import collate
@@ -103,7 +105,7 @@ def train(
         model: Changed in place.
         examples: What to learn from.
         steps: Batches; one in eight is of descriptions or of references.
-        learning_rate: Of AdamW.
+        learning_rate: Of both optimizers: Muon for the matrices of the layers, AdamW for the rest.
         seed: Decides batches, noise and timesteps.
         checkpoint: State, written every `CHECKPOINT_STEPS` steps and read at the start: a stopped run goes on.
         on_step: Called with the number of steps done, for a progress bar.
@@ -117,8 +119,8 @@ def train(
     model.train()
     average = AveragedModel(model, avg_fn=_moving_average)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
-    losses = _resume(checkpoint, model, average, optimizer)
+    optimizers = _optimizers(model, learning_rate)
+    losses = _resume(checkpoint, model, average, optimizers)
     for step in range(len(losses), steps):
         torch.manual_seed(seed * 1_000_003 + step)
         rng = np.random.default_rng([seed, step])
@@ -129,18 +131,27 @@ def train(
             raise ValueError(f"the loss is {output.loss.item()} at step {step}; lower learning_rate={learning_rate}")
         output.loss.backward()
         nn.utils.clip_grad_norm_(trained, 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate * _schedule(step, steps)
-        optimizer.step()
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            optimizer.param_groups[0]["lr"] = learning_rate * _schedule(step, steps)
+            optimizer.step()
+            optimizer.zero_grad()
         average.update_parameters(model)
         losses.append(float("nan") if output.flow_loss is None else output.flow_loss.item())
         on_step(step + 1)
         if checkpoint is not None and (step + 1) % CHECKPOINT_STEPS == 0:
-            _save_state(checkpoint, model, average, optimizer, losses)
+            _save_state(checkpoint, model, average, optimizers, losses)
     model.load_state_dict(average.module.state_dict())
     model.eval()
     return losses
+
+
+def _optimizers(model: nn.Module, learning_rate: float) -> list[torch.optim.Optimizer]:
+    matrices: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        (matrices if ".layers." in name and parameter.ndim == 2 else rest).append(parameter)
+    adamw = torch.optim.AdamW(rest, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
+    return [Muon(matrices, learning_rate), adamw]
 
 
 def _moving_average(average: Tensor, current: Tensor, count: Tensor | int) -> Tensor:
@@ -153,12 +164,12 @@ def _schedule(step: int, steps: int) -> float:
 
 
 def _resume(
-    checkpoint: Path | None, model: nn.Module, average: nn.Module, optimizer: torch.optim.Optimizer
+    checkpoint: Path | None, model: nn.Module, average: nn.Module, optimizers: list[torch.optim.Optimizer]
 ) -> list[float]:
     """Restore what `_save_state` wrote, if anything, and return the losses of the steps done."""
     if checkpoint is None or not checkpoint.exists():
         return []
-    parts: dict[str, dict[str, Tensor]] = {"model": {}, "average": {}, "optimizer": {}}
+    parts: dict[str, dict[str, Tensor]] = defaultdict(dict)
     with safe_open(checkpoint, framework="pt") as file:
         losses = json.loads(file.metadata()["losses"])
         for name in file.keys():  # noqa: SIM118 (not a mapping)
@@ -166,21 +177,27 @@ def _resume(
             parts[part][key] = file.get_tensor(name)
     model.load_state_dict(parts["model"])
     average.load_state_dict(parts["average"])
-    moments: dict[int, dict[str, Tensor]] = {}
-    for key, value in parts["optimizer"].items():
-        index, _, moment = key.partition(".")
-        moments.setdefault(int(index), {})[moment] = value
-    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+    for number, optimizer in enumerate(optimizers):
+        moments: dict[int, dict[str, Tensor]] = defaultdict(dict)
+        for key, value in parts[f"optimizer{number}"].items():
+            index, _, moment = key.partition(".")
+            moments[int(index)][moment] = value
+        optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
     return [float("nan") if loss is None else loss for loss in losses]
 
 
 def _save_state(
-    checkpoint: Path, model: nn.Module, average: nn.Module, optimizer: torch.optim.Optimizer, losses: list[float]
+    checkpoint: Path,
+    model: nn.Module,
+    average: nn.Module,
+    optimizers: list[torch.optim.Optimizer],
+    losses: list[float],
 ) -> None:
     tensors = {f"model/{name}": value for name, value in model.state_dict().items()}
     tensors |= {f"average/{name}": value for name, value in average.state_dict().items()}
-    for index, moments in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer/{index}.{name}": value for name, value in moments.items()}
+    for number, optimizer in enumerate(optimizers):
+        for index, moments in optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer{number}/{index}.{name}": value for name, value in moments.items()}
     known = [None if loss != loss else loss for loss in losses]  # JSON has no NaN
     partial = checkpoint.with_suffix(".partial")
     save_file(tensors, partial, metadata={"losses": json.dumps(known)})
