@@ -1,0 +1,162 @@
+"""Models with random weights, what they are fed, and the arithmetic they need."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from echo4o_hf.model.configuration_bagel import BagelConfig
+from echo4o_hf.model.image_processing_bagel import BagelImageProcessor
+from echo4o_hf.model.modeling_bagel import BagelForConditionalGeneration
+from echo4o_hf.model.packing import IGNORE, Segment, collate
+from echo4o_hf.model.processing_bagel import SPECIAL_TOKENS, BagelProcessor
+from echo4o_hf.pipeline.pipeline_echo4o import Echo4oPipeline
+
+WORD = "word"
+Products = Counter[tuple[int, int, int]]  # how often a product (rows, inner) x (inner, columns) is needed
+
+
+def small_config(
+    hidden: int, layers: int, heads: int, kv_heads: int, intermediate: int, max_latent_size: int
+) -> BagelConfig:
+    """A Bagel that is small in everything else too."""
+    names = ("bos_token_id", "eos_token_id", "start_of_image_token_id", "end_of_image_token_id")
+    return BagelConfig(
+        text_config={
+            "hidden_size": hidden,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "num_key_value_heads": kv_heads,
+            "intermediate_size": intermediate,
+            "vocab_size": 1024,
+        },
+        vision_config={
+            "hidden_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "intermediate_size": 16,
+            "patch_size": 14,
+            "image_size": 56,
+        },
+        max_latent_size=max_latent_size,
+        vit_max_num_patch_per_side=4,
+        **{name: index for index, name in enumerate(names)},
+    )
+
+
+def make_pipeline(
+    config: BagelConfig,
+    vae_channels: Sequence[int],
+    vae_layers: int,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Echo4oPipeline:
+    """A pipeline whose prompts are `prompt`s; its weights are made on the device, without a copy on the host."""
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        model = BagelForConditionalGeneration._from_config(config, dtype=dtype)
+    model.to_empty(device=device)
+    model.apply(model._init_weights)  # fills the tables too
+    with torch.device(device):
+        vae = AutoencoderKL(
+            block_out_channels=tuple(vae_channels),
+            down_block_types=("DownEncoderBlock2D",) * len(vae_channels),
+            up_block_types=("UpDecoderBlock2D",) * len(vae_channels),
+            layers_per_block=vae_layers,
+            norm_num_groups=min(32, vae_channels[0]),
+            latent_channels=config.latent_channels,
+            scaling_factor=0.3611,
+            shift_factor=0.1159,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+        ).type(dtype)
+    words = Tokenizer(models.WordLevel({WORD: 4, "[unk]": 5}, unk_token="[unk]"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[unk]")
+    tokenizer.add_tokens(list(SPECIAL_TOKENS), special_tokens=True)
+    processor = BagelProcessor(BagelImageProcessor.from_bagel_config(config), tokenizer)
+    pipe = Echo4oPipeline(model.eval(), vae.eval(), FlowMatchEulerDiscreteScheduler(shift=3.0), processor)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def prompt(num_tokens: int) -> str:
+    """A prompt of so many tokens, its first and last one included."""
+    return " ".join([WORD] * (num_tokens - 2))
+
+
+def training_pack(
+    config: BagelConfig, images: int, prompt_tokens: int, side: int, answer_tokens: int = 0
+) -> dict[str, torch.Tensor]:
+    """Packed samples of a prompt and a target of side x side tokens, and one text of a prompt and its answer."""
+    text = Segment("text", [5] * prompt_tokens)
+    markers = [config.start_of_image_token_id, config.end_of_image_token_id]
+    samples = [
+        [text, Segment("target", markers, latents=torch.randn(side**2, config.latent_dim), grid=(side, side))]
+        for _ in range(images)
+    ]
+    if answer_tokens:
+        labels = [5] * (answer_tokens - 1) + [IGNORE]
+        samples.append([text, Segment("text", [5] * answer_tokens, labels=labels)])
+    return collate(samples, packed=True)
+
+
+def forward_products(
+    config: BagelConfig, understanding: int, generation: int, seen: Sequence[tuple[int, int]], logits: int = 0
+) -> Products:
+    """The matrix products that one forward pass needs.
+
+    In each layer, the tokens of either expert pass its projections (queries, keys, values, output) and the three
+    matrices of its MLP; in each head, each block of `seen` needs the scores and the weighted sum of the values. Then
+    the layers to and from latents, and the head of the vocabulary. The timestep's embedding, needed once per image,
+    and vision are left out.
+
+    Args:
+        config: sizes.
+        understanding: tokens of the understanding expert.
+        generation: tokens of the generation expert.
+        seen: (queries, keys) of each block of tokens that see each other, so that what a mask hides is not counted;
+            for a causal text of n tokens (n, (n + 1) / 2).
+        logits: tokens whose vocabulary logits are needed.
+    """
+    text: Any = config.text_config
+    layers, heads, hidden, inner = (
+        text.num_hidden_layers,
+        text.num_attention_heads,
+        text.hidden_size,
+        text.intermediate_size,
+    )
+    head = hidden // heads
+    count: Products = Counter()
+    for tokens in (understanding, generation):
+        count[tokens, hidden, hidden] += 2 * layers
+        count[tokens, hidden, text.num_key_value_heads * head] += 2 * layers
+        count[tokens, hidden, inner] += 2 * layers
+        count[tokens, inner, hidden] += 2 * layers
+    for queries, keys in seen:
+        count[queries, head, keys] += layers * heads
+        count[queries, keys, head] += layers * heads
+    count[generation, config.latent_dim, hidden] += 1
+    count[generation, hidden, config.latent_dim] += 1
+    count[logits, hidden, text.vocab_size] += 1
+    return count
+
+
+def backward_products(forward: Products) -> Products:
+    """The products of the gradients by both factors."""
+    count: Products = Counter()
+    for (rows, inner, columns), times in forward.items():
+        count[rows, columns, inner] += times
+        count[inner, rows, columns] += times
+    return count
+
+
+def flops(products: Products) -> int:
+    """A multiplication and an addition are two."""
+    return sum(2 * rows * inner * columns * times for (rows, inner, columns), times in products.items())
