@@ -138,7 +138,7 @@ def forward_products(
         count[tokens, hidden, hidden] += 2 * layers
         count[tokens, hidden, text.num_key_value_heads * head] += 2 * layers
         count[tokens, hidden, inner] += 2 * layers
-        count[tokens, inner, hidden] += 2 * layers
+        count[tokens, inner, hidden] += layers
     for queries, keys in seen:
         count[queries, head, keys] += layers * heads
         count[queries, keys, head] += layers * heads
