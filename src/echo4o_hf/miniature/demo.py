@@ -21,8 +21,8 @@ from echo4o_hf.report.report import write_report
 
 BASE, SHIPPED = "bagel-miniature", "echo4o-miniature"
 TUNED, CONTROL = "fine-tuned", "control"
-LEARNING_RATE = 1.5e-3
-FULL = {"items_per_tag": 20, "examples": 6000, "steps": 250}
+LEARNING_RATE = 2e-3
+FULL = {"items_per_tag": 20, "examples": 8000, "steps": 500}
 QUICK = {"items_per_tag": 5, "examples": 1200, "steps": 40}
 
 

@@ -160,7 +160,8 @@ def _moving_average(average: Tensor, current: Tensor, count: Tensor | int) -> Te
 
 
 def _schedule(step: int, steps: int) -> float:
-    return min(1.0, (step + 1) / WARMUP_STEPS, max(0.02, (steps - step) / (DECAY_SHARE * steps)))
+    warmup = min(WARMUP_STEPS, max(1, steps // 4))
+    return min(1.0, (step + 1) / warmup, max(0.02, (steps - step) / (DECAY_SHARE * steps)))
 
 
 def _resume(
