@@ -272,3 +272,15 @@ def test_setting_the_attention_reaches_both_parts(model, caplog):
     assert model.config.vision_config._attn_implementation == "eager"
     with pytest.raises(ValueError, match="nonsense"):
         model.set_attn_implementation("nonsense")
+
+
+@pytest.mark.slow  # compiles for a minute
+def test_flex_attention_equals_eager(model, segments):
+    rows = [[segments["vision"], segments["text"], segments["target"]], [segments["latents"], segments["text"]]]
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        expected = run(model, rows).last_hidden_state
+        model.set_attn_implementation("flex_attention")
+        flex = run(model, rows).last_hidden_state
+    real = collate(rows)["segment_ids"] != -1
+    torch.testing.assert_close(flex[real], expected[real], atol=2e-5, rtol=0)

@@ -182,10 +182,11 @@ def _stack(rows: list[_Row], padding_side: Literal["left", "right"]) -> dict[str
     tokens = torch.cat([structure(0), structure(1)], dim=1)
     batch = {
         "input_ids": pad([torch.tensor(row.input_ids, dtype=torch.long) for row in rows], 0, padding_side),
-        "position_ids": tokens[..., 0].clamp(min=0),
-        "segment_ids": tokens[..., 1],
-        "roles": tokens[..., 2].clamp(min=0),
-        "sample_ids": tokens[..., 3],
+        # flex attention compiles only masks whose tensors are contiguous
+        "position_ids": tokens[..., 0].clamp(min=0).contiguous(),
+        "segment_ids": tokens[..., 1].contiguous(),
+        "roles": tokens[..., 2].clamp(min=0).contiguous(),
+        "sample_ids": tokens[..., 3].contiguous(),
     }
     labels = pad([torch.tensor(row.shift_labels, dtype=torch.long) for row in rows], IGNORE, padding_side)
     if (labels != IGNORE).any():
