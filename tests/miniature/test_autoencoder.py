@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import json
 from importlib.resources import files
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -84,6 +86,8 @@ def test_loss_falls():
 def test_training_resumes_and_leaves_whole_files(tmp_path, monkeypatch):
     monkeypatch.setattr(autoencoder, "NUM_IMAGES", 8)
     monkeypatch.setattr(autoencoder, "BATCH_SIZE", 2)
+    clock = count(0, 0.25)  # seconds; a slow machine must not decide how many steps fit
+    monkeypatch.setattr(autoencoder, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     train(tmp_path, minutes=0.01, seed=0)
     names = {"config.json", "diffusion_pytorch_model.safetensors", "training_state.safetensors"}
     assert {file.name for file in tmp_path.iterdir()} == names
