@@ -1,4 +1,4 @@
-"""The whole journey in miniature: a base model, clean data, fine-tuning, pictures, and a score that rises."""
+"""The whole journey in miniature: a base model, clean data, fine-tuning, pictures and scores."""
 
 from __future__ import annotations
 
