@@ -26,6 +26,7 @@ setup(
     packages=find_packages("src"),
     package_data={
         "echo4o_hf": ["py.typed"],
+        "echo4o_hf.data": ["*.jinja", "*.md"],
         "echo4o_hf.miniature": ["**/*.json", "**/*.jsonl", "**/*.md", "**/*.safetensors", "**/*.txt"],
         "echo4o_hf.report": ["*.jinja"],
     },
@@ -35,11 +36,13 @@ setup(
     # Each lower bound is the version the tests run with (constraints.txt).
     install_requires=[
         "accelerate>=1.15",
+        "datasets>=5.2",
         "diffusers>=0.42.1",
         "huggingface_hub>=2.4",
         "jinja2>=3.1.6",
         "numpy>=2.4",
         "pillow>=13.0",
+        "pyarrow>=26.0",
         "safetensors>=0.8",
         "scipy>=1.17",
         "tokenizers>=0.23.3",
@@ -48,12 +51,19 @@ setup(
         "transformers>=5.23",
     ],
     extras_require={
+        # echo4o data overlap, and export webdataset
+        "data": [
+            "datasketch>=2.0",
+            "webdataset>=1.0.2",
+        ],
         "test": [
+            "datasketch>=2.0",
             "hypothesis>=6.170",
             "mypy>=2.4",
             "pytest>=9.2",
             "ruff>=0.17.6",
             "scikit-image>=0.26",
+            "webdataset>=1.0.2",
         ],
     },
 )
