@@ -1,0 +1,1 @@
+"""A judge is a function: `judge(system, prompt, images) -> str`."""
