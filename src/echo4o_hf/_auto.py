@@ -1,4 +1,4 @@
-"""Registration with transformers' Auto classes and with diffusers, without importing either.
+"""Registration with transformers' Auto classes, diffusers and datasets, without importing any of them.
 
 transformers has no entry points for models outside of it. Configuration and processors are registered right after the
 Auto module has been imported, or at once where that already happened. Models follow when a `BagelConfig` is made,
@@ -7,12 +7,15 @@ which every `AutoModel` does first: while Auto modules are imported, what a mode
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
+from functools import wraps
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from types import ModuleType
+from typing import Any
 
 
 def _register_config(auto: ModuleType) -> None:
@@ -51,12 +54,30 @@ def _register_pipeline(loading: ModuleType) -> None:
     diffusers.__class__ = type("DiffusersWithEcho4o", (type(diffusers),), {"Echo4oPipeline": property(load)})
 
 
+def _register_dataset(loading: ModuleType) -> None:
+    """`load_dataset` finds the builder by the name that datasets would look up on the Hub."""
+    find = loading.dataset_module_factory
+
+    @wraps(find)
+    def dataset_module_factory(path: str, *arguments: Any, **options: Any) -> Any:
+        if path != "echo-4o-image" or os.path.isdir(path):
+            return find(path, *arguments, **options)
+        from .data.builder import dataset_module
+
+        return dataset_module(options.get("revision"), options.get("data_files"))
+
+    loading.dataset_module_factory = dataset_module_factory  # type: ignore[attr-defined]
+    if "datasets.inspect" in sys.modules:  # has its own reference
+        sys.modules["datasets.inspect"].dataset_module_factory = dataset_module_factory  # type: ignore[attr-defined]
+
+
 _REGISTER: dict[str, Callable[[ModuleType], None]] = {
     "transformers.models.auto.configuration_auto": _register_config,
     "transformers.models.auto.modeling_auto": _nothing,
     "transformers.models.auto.image_processing_auto": _register_image_processor,
     "transformers.models.auto.processing_auto": _register_processor,
     "diffusers.pipelines.pipeline_loading_utils": _register_pipeline,
+    "datasets.load": _register_dataset,
 }
 
 

@@ -1,0 +1,1 @@
+"""Echo-4o-Image: reading it, packing it, exporting it, and what is known about it."""
