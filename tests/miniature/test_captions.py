@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from echo4o_hf.miniature.captions import corrupt, draw_benchmark, draw_item, sample_item, scene_for
+from echo4o_hf.miniature.captions import CAPTION_NOISE, corrupt, draw_benchmark, draw_item, sample_item, scene_for
 from echo4o_hf.miniature.items import TAGS, Item, is_held_out, load_items
 from echo4o_hf.miniature.wording import Clause, parse_caption
 
@@ -72,11 +72,11 @@ def test_a_held_out_draw_is_drawn_again(monkeypatch):
 def test_noise_changes_each_attribute_with_its_probability():
     rng = np.random.default_rng(4)
     item = Item("counting", "", (Clause("ring", 3, "green"),))
-    captions = [corrupt(item, rng, p=0.4).lower() for _ in range(1500)]
-    for words in (("ring", "rings"), ("three",), ("green",)):
+    captions = [corrupt(item, rng).lower() for _ in range(1500)]
+    for name, words in {"class_name": ("ring", "rings"), "count": ("three",), "color": ("green",)}.items():
         kept = np.mean([bool(set(words) & set(caption.split())) for caption in captions])
-        assert abs(kept - 0.6) < 0.05, words
-    clean = corrupt(item, rng, p=0.0)
+        assert abs(kept - (1 - CAPTION_NOISE[name])) < 0.05, words
+    clean = corrupt(item, rng, dict.fromkeys(CAPTION_NOISE, 0.0))
     assert parse_caption(clean) == item.include
 
 

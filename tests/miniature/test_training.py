@@ -19,7 +19,7 @@ def processor():
 @pytest.fixture(scope="module")
 def examples(processor):
     vae = AutoencoderKL.from_pretrained(training.SHARED / "vae", torch_dtype=torch.float32)
-    return training.make_examples(12, 0, 0.0, vae, processor, training.miniature_config(processor))
+    return training.make_examples(12, 0, False, vae, processor, training.miniature_config(processor))
 
 
 @pytest.fixture(autouse=True)
@@ -72,7 +72,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(processor, examples):
 
 def test_clean_captions_are_never_the_benchmark_and_noisy_ones_are_wrong_or_vague():
     clean = draw_examples("describe", 200, seed=5)
-    noisy = draw_examples("describe", 200, seed=5, noise=0.4)
+    noisy = draw_examples("describe", 200, seed=5, noisy=True)
     assert not any(is_held_out(example.text) for example in [*clean, *noisy])
     assert all(parse_caption(example.text) for example in clean)
     assert sum(parse_caption(example.text) is None for example in noisy) > 50

@@ -6,6 +6,7 @@ The tags are GenEval++'s; unlike there, every group of objects has a color, whic
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +18,8 @@ from echo4o_hf.miniature.world import COLORS, GRID, SHAPES, Scene, SceneObject
 
 ITEMS_PER_TAG = 20
 ITEMS_SEED = 140
+# scraped captions mostly name things and their colors, and seldom count, place or compare them
+CAPTION_NOISE = {"class_name": 0.1, "color": 0.1, "count": 0.6, "region": 0.6, "size": 0.6}
 _REGION_CELLS = {
     "left": lambda row, col: col < GRID // 2,
     "right": lambda row, col: col >= GRID // 2,
@@ -76,15 +79,15 @@ def scene_for(item: Item, rng: np.random.Generator) -> Scene:
     return Scene(tuple(objects))
 
 
-def corrupt(item: Item, rng: np.random.Generator, p: float = 0.4) -> str:
-    """A noisy caption of the item, as scraped data has: each attribute is wrong or unsaid with probability `p`."""
+def corrupt(item: Item, rng: np.random.Generator, noise: Mapping[str, float] = CAPTION_NOISE) -> str:
+    """A noisy caption, as scraped data has: each attribute is wrong or unsaid, half and half, with its probability."""
     while True:
         clauses, omit = [], []
         for clause in item.include:
             wrong: dict[str, Any] = {}
             unsaid = set()
             for name, others in _alternatives(clause).items():
-                if rng.random() < p:
+                if rng.random() < noise[name]:
                     if rng.random() < 0.5:
                         unsaid.add(name)
                     else:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from echo4o_hf.miniature.items import SCORE_NAME, TAGS, load_items
 from echo4o_hf.miniature.scoring import draw_and_score
-from echo4o_hf.miniature.training import CAPTION_NOISE, make_examples, train
+from echo4o_hf.miniature.training import make_examples, train
 from echo4o_hf.pipeline.pipeline_echo4o import Echo4oPipeline
 from echo4o_hf.report.report import write_report
 
@@ -45,10 +45,10 @@ def run_demo(output: Path, quick: bool = False, seed: int = 0, control: bool = F
     clock = time.monotonic()
     journey = _Journey(output, size, seed)
     runs = [journey.scored(BASE, BASE)]
-    journey.fine_tuned(TUNED, noise=0.0)
+    journey.fine_tuned(TUNED, noisy=False)
     runs.append(journey.scored(TUNED, str(output / TUNED)))
     if control:
-        journey.fine_tuned(CONTROL, noise=CAPTION_NOISE)
+        journey.fine_tuned(CONTROL, noisy=True)
         runs.append(journey.scored(CONTROL, str(output / CONTROL)))
     runs.append(journey.scored(SHIPPED, SHIPPED))
     results = {
@@ -90,14 +90,14 @@ class _Journey:
         run = dict(stage["run"])
         return run
 
-    def fine_tuned(self, name: str, noise: float) -> None:
+    def fine_tuned(self, name: str, noisy: bool) -> None:
         """Fine-tune the base and save it as a pipeline of its own."""
         file = self.output / f"{name}.training.json"
         if not file.exists():
             start = time.monotonic()
             pipeline = _load(BASE)
             examples = make_examples(
-                self.size["examples"], self.seed + 2, noise, pipeline.vae, pipeline.processor, pipeline.model.config
+                self.size["examples"], self.seed + 2, noisy, pipeline.vae, pipeline.processor, pipeline.model.config
             )
             with tqdm(total=self.size["steps"], desc=f"{name}: training", unit="step") as bar:
                 losses = train(

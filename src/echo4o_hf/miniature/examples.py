@@ -36,15 +36,14 @@ class Example:
     reference_latents: tuple[Tensor, ...] = ()
 
 
-def draw_examples(task: Task, count: int, seed: int, noise: float = 0.0) -> list[Example]:
+def draw_examples(task: Task, count: int, seed: int, noisy: bool = False) -> list[Example]:
     """Draw pictures with their texts.
 
     Args:
         task: "text" and "describe": a caption and its picture; "references": pictures put together.
         count: Number of examples.
         seed: The same arguments give the same examples.
-        noise: Probability with which each attribute of a caption is wrong or missing; 0 is clean data, and only
-            clean data holds surreal pictures.
+        noisy: Whether attributes of the captions are wrong or missing; only clean data holds surreal pictures.
     """
     rng = np.random.default_rng([seed, ("text", "references", "describe").index(task)])
     examples = []
@@ -53,12 +52,12 @@ def draw_examples(task: Task, count: int, seed: int, noise: float = 0.0) -> list
             sample = draw_multi_reference(rng)
             references = tuple(render(scene, rng) for scene in sample.references)
             examples.append(Example(sample.instruction, render(sample.scene, rng), references))
-        elif task == "text" and not noise and rng.random() < _SURREAL_SHARE:
+        elif task == "text" and not noisy and rng.random() < _SURREAL_SHARE:
             sample = draw_surreal(rng)
             examples.append(Example(sample.instruction, render(sample.scene, rng)))
         else:
             item = sample_item(rng)
-            text = corrupt(item, rng, noise) if noise else item.prompt
+            text = corrupt(item, rng) if noisy else item.prompt
             examples.append(Example(text, render(scene_for(item, rng), rng)))
     return examples
 

@@ -34,7 +34,6 @@ from echo4o_hf.model.packing import collate
 from echo4o_hf.model.processing_bagel import BagelProcessor
 
 SHARED = Path(__file__).parent / "checkpoints" / "shared"
-CAPTION_NOISE = 0.4
 BATCH_SIZE = 32
 NOISE_DRAWS = 4
 CHECKPOINT_STEPS = 100
@@ -77,13 +76,13 @@ def miniature_config(processor: BagelProcessor) -> BagelConfig:
 
 
 def make_examples(
-    count: int, seed: int, noise: float, vae: AutoencoderKL, processor: BagelProcessor, config: BagelConfig
+    count: int, seed: int, noisy: bool, vae: AutoencoderKL, processor: BagelProcessor, config: BagelConfig
 ) -> Examples:
     """Pictures and texts of all tasks with their latents; the references and descriptions are a sixth each."""
     counts: dict[Task, int] = {"text": count, "references": count // 6, "describe": count // 6}
     tasks: dict[Task, list[Example]] = {}
     for task, number in counts.items():
-        tasks[task] = draw_examples(task, number, seed, noise)
+        tasks[task] = draw_examples(task, number, seed, noisy)
         if task != "describe":
             add_latents(tasks[task], vae, processor, config.latent_patch_size)
     return Examples(tasks, processor, (config.max_latent_size, config.max_latent_size))
@@ -234,8 +233,7 @@ def main() -> None:
         for layer in model.language_model.model.layers:
             layer.compile()
     noisy = arguments.captions == "noisy" or (arguments.captions is None and arguments.what == "base")
-    noise = CAPTION_NOISE if noisy else 0.0
-    examples = make_examples(arguments.examples, arguments.seed + 1, noise, vae, processor, model.config)
+    examples = make_examples(arguments.examples, arguments.seed + 1, noisy, vae, processor, model.config)
     arguments.output.mkdir(parents=True, exist_ok=True)
     with tqdm(total=arguments.steps, unit="step") as bar:
         losses = train(
