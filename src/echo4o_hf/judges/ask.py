@@ -12,7 +12,7 @@ from itertools import islice
 from os import PathLike
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from tqdm.auto import tqdm
 
 from echo4o_hf.judges.judge import BatchJudge, Judge, JudgeFailed, Reply, judge_name, judge_parameters
@@ -235,6 +235,8 @@ def _decode(encoded: Sequence[bytes]) -> list[Image.Image]:
         try:
             with Image.open(io.BytesIO(data)) as image:
                 images.append(image.convert("RGB"))
+        except UnidentifiedImageError:
+            raise JudgeFailed(f"image {number} is no image file, or of an unknown format") from None
         except Exception as error:  # Pillow's decoders raise whatever a broken file makes them run into
             raise JudgeFailed(f"image {number} does not decode: {error}") from error
     return images

@@ -1,0 +1,30 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from echo4o_hf.judges.load import load_judge
+
+
+def judge(system, prompt, images):
+    return "yes"
+
+
+def test_a_callable_is_the_judge():
+    assert load_judge(judge) is judge
+    with pytest.raises(ValueError, match="max_tokens"):
+        load_judge(judge, max_tokens=3)
+
+
+@pytest.mark.parametrize("spec", ["gpt-4.1", "openai:", "openai", "shapes:x", "anthropic:x", "", None, 3])
+def test_an_unknown_judge_is_refused_with_the_list(spec):
+    with pytest.raises(ValueError, match="openai:MODEL.*hf:MODEL.*transformers:MODEL.*scripted:FILE.*shapes"):
+        load_judge(spec)
+
+
+def test_the_judge_that_is_not_used_is_not_imported():
+    code = "import sys, echo4o_hf.judges.load, echo4o_hf.judges.ask; print(*{'torch', 'openai'} & {*sys.modules})"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == ""
