@@ -16,7 +16,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PureWindowsPath
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from datasets.utils import tqdm
 from filelock import FileLock
@@ -53,7 +53,7 @@ def read_in_order(file: IO[bytes], label: str, problems: list[str]) -> Iterator[
                 data = archive.extractfile(member)
                 assert data is not None  # only links and folders have none
                 yield member.name, data.read()
-                archive.members = []  # or a long archive's would pile up
+                archive.members = []  # type: ignore[attr-defined]  # or a long archive's would pile up
         while content.read(_BLOCK):  # to the checksum
             pass
 
@@ -113,7 +113,7 @@ def _members(tar: str, label: str, problems: list[str]) -> list[Member]:
         for member in _pictures(archive, label, problems):
             if member.offset_data + member.size <= size:
                 members.append(Member(member.name, member.offset_data, member.size))
-            archive.members = []
+            archive.members = []  # type: ignore[attr-defined]
     if not damaged:  # else the compressed file has said so
         problems.extend(ending)
     return members
@@ -157,8 +157,8 @@ def _is_gzip(file: IO[bytes]) -> bool:
 
 
 @contextmanager
-def _decompressed(file: IO[bytes]) -> Iterator[IO[bytes]]:
-    buffered = io.BufferedReader(file, _BLOCK)  # type: ignore[arg-type]
+def _decompressed(file: Any) -> Iterator[Any]:
+    buffered = io.BufferedReader(file, _BLOCK)
     if buffered.peek(2)[:2] == b"\x1f\x8b":
         with gzip.GzipFile(fileobj=buffered) as content:
             yield content
