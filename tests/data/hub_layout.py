@@ -1,4 +1,4 @@
-"""A small Echo-4o-Image in the Hub's layout, with what makes it hard to read; each trap and each damage has a switch."""
+"""A small Echo-4o-Image in the Hub's layout, with all that makes it hard to read; traps and damages have switches."""
 
 from __future__ import annotations
 
@@ -84,7 +84,10 @@ def _write_text_to_image(folder, name, metadata, types, rows, traps, damages, si
     lost = _damage(files, lines, records, damages, size, rng)
     expected = [row for row in expected if row.id.split("/")[1] not in lost]
     half = len(files) // 2
-    for archive, part, prefix in (("0-half", files[:half], "images/" if traps.prefixes else ""), ("half-", files[half:], "")):
+    for archive, part, prefix in (
+        ("0-half", files[:half], "images/" if traps.prefixes else ""),
+        ("half-", files[half:], ""),
+    ):
         members = [(f"{prefix}{member}", data) for member, data in part]
         _write_pictures(folder / name / "images" / f"{archive}.tar.gz", members, traps, rng)
     write_lines(folder / name / f"{metadata}.jsonl", lines)
@@ -170,12 +173,16 @@ def _write_multi_reference(folder, rows, traps, size, rng) -> list[Expected]:
 def _picture(index: int, traps: Traps, size: int, rng: random.Random) -> tuple[str, bytes]:
     ending, kind = ("jpg", "JPEG")
     if traps.endings:
-        ending, kind = (("jpg", "JPEG"), ("JPG", "JPEG"), ("png", "PNG"), ("webp", "WEBP"), ("jpeg", "JPEG"))[index % 5]
+        ending, kind = (("jpg", "JPEG"), ("JPG", "JPEG"), ("png", "PNG"), ("webp", "WEBP"), ("jpeg", "JPEG"))[
+            index % 5
+        ]
     return f"{index:05d}.{ending}", encode(size, rng, kind)
 
 
 def _text(index: int, traps: Traps, rng: random.Random) -> str:
-    return f"{index} " + (rng.choice(("ein grünes Boot", "一只红色的猫", "a 🦊 \u2028 in a hat")) if traps.non_ascii else "a cat")
+    return f"{index} " + (
+        rng.choice(("ein grünes Boot", "一只红色的猫", "a 🦊 \u2028 in a hat")) if traps.non_ascii else "a cat"
+    )
 
 
 def encode(size: int, rng: random.Random, kind: str = "JPEG") -> bytes:

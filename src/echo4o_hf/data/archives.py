@@ -10,7 +10,6 @@ import hashlib
 import io
 import json
 import os
-import shutil
 import tarfile
 import zlib
 from collections.abc import Iterator
@@ -98,7 +97,8 @@ def _plain_tar(archive: str, target: Path, label: str, problems: list[str]) -> s
         try:
             with reading as packed, gzip.open(packed) as content, partial.open("wb") as out:
                 with _noting_damage(label, problems):
-                    shutil.copyfileobj(content, out, _BLOCK)
+                    while block := content.read1(_BLOCK):  # gives what there is before a truncation; read would not
+                        out.write(block)
             os.replace(partial, target)
         finally:
             partial.unlink(missing_ok=True)

@@ -328,14 +328,18 @@ class Echo4oImage(datasets.GeneratorBasedBuilder):
 
     def _conclude(self, problems: list[str]) -> None:
         """Fail, or say what is left out."""
-        if problems and self.config.on_error == "skip":
-            logger.warning(f"left out because of {len(problems)} problems:\n" + "\n".join(problems))
-        elif problems:
-            shown = "\n".join(problems[:SHOWN])
-            more = f"\n... and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
-            raise ValueError(
-                f"{len(problems)} problems in {self._source.name} (on_error='skip' reads the rest):\n{shown}{more}"
-            )
+        if not problems:
+            return
+        count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''} in {self._source.name}"
+        if self.config.on_error == "skip":
+            logger.warning(f"{count}, left out:\n" + "\n".join(problems))
+            return
+        more = [f"... and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
+        raise ValueError(
+            f"{count}:\n"
+            + "\n".join([*problems[:SHOWN], *more])
+            + "\nRepair them, or read the rest with on_error='skip'."
+        )
 
     def _as_dataset(self, split: Any = datasets.Split.TRAIN, in_memory: bool = False) -> datasets.Dataset:
         """The cached files are shared; the columns are as asked for."""
