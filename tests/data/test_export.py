@@ -1,5 +1,6 @@
 """Each export is read back with the program it is for."""
 
+import contextlib
 import glob
 import hashlib
 import io
@@ -17,14 +18,15 @@ import pyarrow.parquet as pq
 import pytest
 import webdataset
 from datasets import load_dataset
+from hub_layout import write_hub_layout
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
 from echo4o_hf.data import export_bagel
+from echo4o_hf.data.builder import logger
 from echo4o_hf.data.export import FORMATS, export, export_rows
 from echo4o_hf.data.export_formats import check_row, sample_key
-from echo4o_hf.miniature.dataset import write_dataset
 
 Row = dict[str, Any]
 
@@ -431,29 +433,67 @@ def test_a_foreign_report_file_and_a_file_as_output_are_refused(output: Path) ->
 
 KILLED = """
 import os, sys
-sys.path.insert(0, sys.argv[3])
-from test_export import HOSTILE
+sys.path.insert(0, sys.argv[2])
+from test_export import make_row
 from echo4o_hf.data.export import export_rows
 
 def rows():
-    yield from HOSTILE[4:]
+    yield from (make_row(number, references=2) for number in range(40))
     os._exit(9)
 
-export_rows(sys.argv[1], rows(), sys.argv[2])
+export_rows("bagel", rows(), sys.argv[1])
 """
 
 
-@pytest.mark.parametrize("format", FORMATS)
-def test_a_killed_export_starts_anew(format: str, output: Path) -> None:
-    command = [sys.executable, "-c", KILLED, format, str(output), str(Path(__file__).parent)]
+def test_a_killed_export_starts_anew(output: Path) -> None:
+    command = [sys.executable, "-c", KILLED, str(output), str(Path(__file__).parent)]
     assert subprocess.run(command, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode == 9
     assert not output.exists()
-    assert len(list(output.parent.iterdir())) == 1  # what it had written, under a name of its own
-    export_rows(format, HOSTILE[:3], output)
+    assert (output.parent / ".out.echo4o-export/multi_reference").is_dir()  # what it had written, under another name
+    export_rows("bagel", HOSTILE[:3], output)
     again = hashes(output)
     assert sorted(path.name for path in output.parent.iterdir()) == ["out", "out.report.json"]
-    export_rows(format, HOSTILE[:3], output, overwrite=True)
+    export_rows("bagel", HOSTILE[:3], output, overwrite=True)
     assert hashes(output) == again
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_an_interrupted_export_leaves_nothing(format: str, output: Path) -> None:
+    def rows() -> Iterator[Row]:
+        yield from HOSTILE
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        export_rows(format, rows(), output)
+    assert list(output.parent.iterdir()) == []
+
+
+def test_two_exports_into_one_folder_at_a_time_are_refused(output: Path) -> None:
+    def rows() -> Iterator[Row]:
+        with pytest.raises(FileExistsError, match="another export is writing"):
+            export_rows("jsonl", HOSTILE, output)
+        yield from HOSTILE
+
+    assert export_rows("jsonl", rows(), output).rows == len(HOSTILE)
+
+
+@pytest.mark.parametrize("call", range(4))
+def test_cut_off_while_it_is_put_in_place(call: int, output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is there afterwards, the next export neither mistakes it for foreign files nor mixes with it."""
+    export_rows("jsonl", HOSTILE[:2], output)
+    calls, replace = iter(range(9)), os.replace
+
+    def cut_off(*paths: Path) -> None:
+        if next(calls) == call:
+            raise KeyboardInterrupt
+        replace(*paths)
+
+    with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+        patch.setattr(os, "replace", cut_off)
+        export_rows("bagel", HOSTILE[:3], output, overwrite=True)
+    export_rows("webdataset", HOSTILE[:3], output, overwrite=True)
+    assert sorted(path.name for path in output.parent.iterdir()) == ["out", "out.report.json"]
+    assert all(path.suffix == ".tar" for path in output.iterdir())
 
 
 def test_arguments_are_checked(output: Path) -> None:
@@ -466,13 +506,50 @@ def test_arguments_are_checked(output: Path) -> None:
     assert not output.parent.exists()
 
 
-# From the dataset's own layout
+# From the dataset's own layouts
 
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_export_reads_the_hubs_layout(format: str, tmp_path: Path, output: Path) -> None:
-    write_dataset(tmp_path / "hub", 3)
+    expected = write_hub_layout(tmp_path / "hub")
     report = export(format, output, tmp_path / "hub")
-    assert report.rows == 9
-    assert report.format == format
-    assert export(format, output, tmp_path / "hub", subset="multi_reference", overwrite=True).rows == 3
+    assert (report.format, report.rows, report.left_out) == (format, len(expected), [])
+    several = [row for row in expected if row.subset == "multi_reference"]
+    assert export(format, output, tmp_path / "hub", subset="multi_reference", overwrite=True).rows == len(several)
+
+
+def test_every_row_of_the_hubs_layout_arrives(tmp_path: Path, output: Path) -> None:
+    expected = {row.id: row for row in write_hub_layout(tmp_path / "hub")}
+    export("jsonl", output, tmp_path / "hub")
+    records = [json.loads(line) for line in (output / "data.jsonl").read_text().splitlines()]
+    assert {record["id"] for record in records} == expected.keys()
+    for record in records:
+        row = expected[record["id"]]
+        assert (record["instruction"], record["category"]) == (row.instruction, row.category)
+        assert Path(record["output_image"]).read_bytes() == row.output
+        assert [Path(path).read_bytes() for path in record["input_images"]] == row.inputs
+
+
+def test_what_the_loader_leaves_out_is_reported(tmp_path: Path, output: Path) -> None:
+    damages = ("missing", "undecodable", "broken line", "no field", "twice")
+    expected = write_hub_layout(tmp_path / "hub", damages=damages)
+    with pytest.raises(ValueError, match="problems in hub"):
+        export("jsonl", output, tmp_path / "hub", subset="surreal_fantasy")
+    assert list(output.parent.glob("*")) == []
+    report = export("jsonl", output, tmp_path / "hub", subset="surreal_fantasy", on_error="skip")
+    assert report.rows == len([row for row in expected if row.subset == "surreal_fantasy"])
+    found = dict(report.left_out)
+    assert len(found) == len(report.left_out) == len(damages)
+    reasons = {"00000": "image is missing", "00001": "does not decode", "00005": "conflict.jsonl:7"}
+    assert all(reason in found[f"surreal_fantasy/{name}"] for name, reason in reasons.items())
+    assert sum("conflict.jsonl" in place for place in found) == 2  # lines that name no id
+    assert json.loads((output.parent / "out.report.json").read_text())["left_out"] == [
+        list(x) for x in report.left_out
+    ]
+
+
+def test_the_loaders_log_is_as_before_after_an_export(tmp_path: Path, output: Path) -> None:
+    before = (logger.level, logger.propagate, logger.handlers[:])
+    write_hub_layout(tmp_path / "hub", damages=("missing",))
+    export("jsonl", output, tmp_path / "hub", on_error="skip")
+    assert (logger.level, logger.propagate, logger.handlers) == before

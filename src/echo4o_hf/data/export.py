@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+import re
 import shutil
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from .export_formats import Sample, check_row, write_imagefolder, write_jsonl, write_webdataset
 
@@ -23,7 +30,7 @@ class ExportReport:
     format: str
     output: str  # absolute
     rows: int
-    left_out: list[tuple[str, str]]  # id, reason
+    left_out: list[tuple[str, str]]  # id, or file and line where there is none; reason
     entries: list[str]  # names in the output folder
 
 
@@ -60,20 +67,20 @@ def export(
     from datasets import load_dataset
 
     _check_arguments(format, on_error, max_shard_size)
-    folder = Path(output).absolute()
-    _refuse_foreign(folder, overwrite)
-    data_dir = None if data_dir is None else str(data_dir)
-    rows = load_dataset(
-        "echo-4o-image",
-        subset,
-        data_dir=data_dir,
-        split="train",
-        streaming=True,
-        revision=revision,
-        on_error=on_error,
-        decode=False,
-    )
-    return export_rows(format, rows, folder, on_error=on_error, overwrite=overwrite, max_shard_size=max_shard_size)
+    _refuse_foreign(Path(output).absolute(), overwrite)
+    left_out: list[tuple[str, str]] = []
+    with _skipped_by_builder(left_out):
+        rows = load_dataset(
+            "echo-4o-image",
+            subset,
+            data_dir=None if data_dir is None else str(data_dir),
+            split="train",
+            streaming=True,
+            revision=revision,
+            on_error=on_error,
+            decode=False,
+        )
+        return _write(format, rows, output, on_error, overwrite, max_shard_size, left_out)
 
 
 def export_rows(
@@ -86,52 +93,79 @@ def export_rows(
     max_shard_size: str | int | None = None,
 ) -> ExportReport:
     """`export` for rows in hand: the dataset's columns, pictures as `{"bytes", "path"}`."""
+    _check_arguments(format, on_error, max_shard_size)
+    return _write(format, rows, output, on_error, overwrite, max_shard_size, [])
+
+
+def _write(
+    format: str,
+    rows: Iterable[Mapping[str, Any]],
+    output: str | Path,
+    on_error: str,
+    overwrite: bool,
+    max_shard_size: str | int | None,
+    left_out: list[tuple[str, str]],
+) -> ExportReport:
     from datasets.utils.py_utils import convert_file_size_to_int
 
-    _check_arguments(format, on_error, max_shard_size)
     output = Path(output).absolute()
-    _refuse_foreign(output, overwrite)
     shard_bytes = convert_file_size_to_int("500MB" if max_shard_size is None else max_shard_size)
-    partial = output.with_name(f".{output.name}.echo4o-export")
-    shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
-    partial.mkdir(parents=True)
-    checked = _Checked(rows, format, on_error)
-    try:
+    checked = _Checked(rows, format, on_error, left_out)
+    with _staging(output, overwrite) as folder:
         if format == "bagel":
             from .export_bagel import write_bagel
 
-            write_bagel(checked, partial, output, shard_bytes)
+            write_bagel(checked, folder, output, shard_bytes)
         elif format == "webdataset":
-            write_webdataset(checked, partial, shard_bytes)
+            write_webdataset(checked, folder, shard_bytes)
         elif format == "imagefolder":
-            write_imagefolder(checked, partial)
+            write_imagefolder(checked, folder)
         else:
-            write_jsonl(checked, partial, output)
+            write_jsonl(checked, folder, output)
         if not checked.rows:
-            raise ValueError(f"no row to write{_some(checked.left_out)}")
-        names = sorted(path.name for path in partial.iterdir())
-        report = ExportReport(format, str(output), checked.rows, checked.left_out, names)
-        _put_in_place(partial, output, report)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+            raise ValueError(f"no row to write{_some(left_out)}")
+        names = sorted(path.name for path in folder.iterdir())
+        report = ExportReport(format, str(output), checked.rows, left_out, names)
+        _put_in_place(folder, output, report)
     return report
 
 
-class _Checked:
-    """Iterates over the samples of the rows that can be written, counts them and keeps the others' reasons."""
+@contextmanager
+def _staging(output: Path, overwrite: bool) -> Iterator[Path]:
+    """An empty folder beside `output` to write in, for one export at a time; what a killed one left is removed."""
+    folder = output.with_name(f".{output.name}.echo4o-export")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        lock = FileLock(f"{folder}.lock", timeout=0)
+        with lock:
+            try:
+                _refuse_foreign(output, overwrite)
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir()
+                yield folder
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
+                Path(lock.lock_file).unlink(missing_ok=True)
+    except Timeout as error:
+        raise FileExistsError(f"another export is writing {output}") from error
 
-    def __init__(self, rows: Iterable[Mapping[str, Any]], format: str, on_error: str) -> None:
-        self.source, self.format, self.on_error = rows, format, on_error
+
+class _Checked:
+    """Iterates over the samples of the rows that can be written and counts them; the others go to `left_out`."""
+
+    def __init__(
+        self, rows: Iterable[Mapping[str, Any]], format: str, on_error: str, left_out: list[tuple[str, str]]
+    ) -> None:
+        self.source, self.format, self.on_error, self.left_out = rows, format, on_error, left_out
         self.rows = 0
-        self.left_out: list[tuple[str, str]] = []
 
     def __iter__(self) -> Iterator[Sample]:
         from datasets.utils.tqdm import tqdm
 
         keys: set[str] = set()
-        for row in tqdm(self.source, desc=f"Exporting as {self.format}", unit=" rows"):
+        for row, check in tqdm(_in_threads(self.source), desc=f"Exporting as {self.format}", unit=" rows"):
             try:
-                sample = check_row(row)
+                sample = check.result()
                 if sample.key in keys:
                     raise ValueError("a second row with this id")
             except ValueError as error:
@@ -142,6 +176,46 @@ class _Checked:
             keys.add(sample.key)
             self.rows += 1
             yield sample
+
+
+def _in_threads(rows: Iterable[Mapping[str, Any]]) -> Iterator[tuple[Mapping[str, Any], Future[Sample]]]:
+    """Rows in their order, each with its check; a few are checked ahead, because Pillow decodes without the GIL."""
+    workers = min(8, os.cpu_count() or 1)
+    waiting: deque[tuple[Mapping[str, Any], Future[Sample]]] = deque()
+    with ThreadPoolExecutor(workers) as pool:
+        for row in rows:
+            waiting.append((row, pool.submit(check_row, row)))
+            if len(waiting) > 2 * workers:
+                yield waiting.popleft()
+        yield from waiting
+
+
+@contextmanager
+def _skipped_by_builder(left_out: list[tuple[str, str]]) -> Iterator[None]:
+    """Collect what the builder leaves out with `on_error="skip"`, which it only logs, instead of showing it."""
+    from .builder import logger
+
+    class Collect(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            left_out.extend(map(_id_and_reason, record.getMessage().splitlines()[1:]))
+
+    handler, level, propagate = Collect(logging.WARNING), logger.level, logger.propagate
+    logger.addHandler(handler)
+    logger.setLevel(logging.WARNING)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+        logger.propagate = propagate
+
+
+def _id_and_reason(problem: str) -> tuple[str, str]:
+    """Of a line of the builder's: `file:7 (id): reason`, or without an id where the record could not be read."""
+    place, _, reason = problem.partition(": ")
+    named = re.fullmatch(r"(.+?) \((.+)\)", place)
+    return (named[2], f"{named[1]}: {reason}") if named else (place, reason)
 
 
 def _check_arguments(format: str, on_error: str, max_shard_size: str | int | None) -> None:
@@ -183,18 +257,16 @@ def _earlier_entries(path: Path) -> set[str]:
         raise FileExistsError(f"{path} is no report of an export; name another output") from error
 
 
-def _put_in_place(partial: Path, output: Path, report: ExportReport) -> None:
-    written = partial.with_name(partial.name + ".json")
-    written.write_text(json.dumps(asdict(report), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+def _put_in_place(folder: Path, output: Path, report: ExportReport) -> None:
+    """In an order that leaves, wherever it is cut off, no output or one with its report."""
+    earlier, written = (folder.with_name(folder.name + ending) for ending in ("-replaced", ".json"))
+    shutil.rmtree(earlier, ignore_errors=True)
     if output.exists():
-        earlier = partial.with_name(partial.name + "-replaced")
-        shutil.rmtree(earlier, ignore_errors=True)
         os.replace(output, earlier)
-        os.replace(partial, output)
-        shutil.rmtree(earlier)
-    else:
-        os.replace(partial, output)
+    written.write_text(json.dumps(asdict(report), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(written, _report_path(output))
+    os.replace(folder, output)
+    shutil.rmtree(earlier, ignore_errors=True)
 
 
 def _some(left_out: list[tuple[str, str]]) -> str:

@@ -33,6 +33,9 @@ def write_bagel(samples: Iterable[Sample], folder: Path, final: Path, shard_byte
     row groups and rows of each file. `dataset_info.json` lists the folders with their files and samples. All paths
     are absolute, because the trainer passes over files that `parquet_info` names differently: do not move the export.
 
+    Text-to-image files are what the trainer deals out to ranks and workers: choose `max_shard_size` so that there are
+    enough. Its published limit of 10 240 tokens per sample drops samples with two or more full-size references.
+
     The stock `unified_edit` dataset takes neighbours in `image_list` for steps of an edit, which is right for one
     reference only. `dataset_info.json` therefore lists these folders as a group `multi_reference`, for a dataset
     class whose context is all pictures but the last.
