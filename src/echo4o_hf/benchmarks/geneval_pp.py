@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from echo4o_hf.benchmarks import statistics
-from echo4o_hf.benchmarks.items import official_text
+from echo4o_hf.benchmarks.items import JudgeText, official_text
 from echo4o_hf.benchmarks.verdict import (
     JsonPart,
     Protocol,
@@ -135,8 +135,15 @@ def group(item: Mapping[str, Any]) -> str:
 # --- what the judge is asked ---
 
 
-def request(item: Mapping[str, Any], protocol: Protocol = "official") -> tuple[str, str]:
+def request(
+    item: Mapping[str, Any], protocol: Protocol = "official", text: JudgeText | None = None
+) -> tuple[str, str]:
     """The system text and the prompt that go to the judge with one image.
+
+    Args:
+        item: The benchmark's question.
+        protocol: Which wording.
+        text: For `official`; the pinned one when None.
 
     Raises:
         ValueError: the protocol is none.
@@ -146,7 +153,7 @@ def request(item: Mapping[str, Any], protocol: Protocol = "official") -> tuple[s
     if protocol == "strict":
         return _STRICT_SYSTEM, _strict_prompt(item)
     prompt = f"Instruction:\n{item['prompt'].strip()}\n\nExpectation checklist:\n{checklist(item)}"
-    return official_text(NAME).system, prompt
+    return (text or official_text(NAME)).system, prompt
 
 
 def checklist(item: Mapping[str, Any]) -> str:

@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from echo4o_hf.benchmarks import statistics
-from echo4o_hf.benchmarks.items import official_text
+from echo4o_hf.benchmarks.items import JudgeText, official_text
 from echo4o_hf.benchmarks.verdict import (
     JsonPart,
     Protocol,
@@ -98,8 +98,15 @@ def group(item: Mapping[str, Any]) -> str:
 # --- what the judge is asked ---
 
 
-def request(item: Mapping[str, Any], protocol: Protocol = "official") -> tuple[str, str]:
+def request(
+    item: Mapping[str, Any], protocol: Protocol = "official", text: JudgeText | None = None
+) -> tuple[str, str]:
     """The system text and the prompt that go to the judge with one image.
+
+    Args:
+        item: The benchmark's question.
+        protocol: Which wording.
+        text: For `official`; the pinned one when None.
 
     Raises:
         ValueError: the protocol is none, or the official text cannot be read.
@@ -107,7 +114,7 @@ def request(item: Mapping[str, Any], protocol: Protocol = "official") -> tuple[s
     """
     check_protocol(protocol)
     if protocol == "official":
-        text = official_text(NAME)
+        text = text or official_text(NAME)
         return text.system, text.fill(item)
     prompt = f"Instruction:\n{item['instruction'].strip()}\n\nNote:\n{item['note'].strip()}\n\n{_STRICT_QUESTIONS}"
     return _STRICT_SYSTEM, prompt + json.dumps(REPLY_SCHEMA)

@@ -49,6 +49,8 @@ class HFJudge:
         ValueError: the provider is unknown.
     """
 
+    reads_system = True
+
     def __init__(
         self,
         model: str,

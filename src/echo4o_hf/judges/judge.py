@@ -13,6 +13,7 @@ Judge: TypeAlias = Callable[[str, str, list[Image.Image]], str]
 
 `name` and `parameters` (what else decides the replies, as JSON) are read where it has them: stored replies are found
 by them. It raises `JudgeFailed` for one request that must go unscored, `JudgeStopped` where no request can succeed.
+`reads_system`, where it has it, says whether the system text decides its replies.
 """
 
 

@@ -54,6 +54,8 @@ class OpenAIJudge:
         JudgeStopped: there is no key, and the endpoint is OpenAI's.
     """
 
+    reads_system = True
+
     def __init__(
         self,
         model: str,

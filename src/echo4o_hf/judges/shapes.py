@@ -22,6 +22,7 @@ class ShapesJudge:
     """
 
     name = "shapes"
+    reads_system = False
 
     def __call__(self, system: str, prompt: str, images: list[Image.Image]) -> str:
         """Check the picture against the instruction.

@@ -31,6 +31,8 @@ class TransformersJudge:
         ValueError: transformers has no image-text-to-text class for it, or its processor no chat template.
     """
 
+    reads_system = True
+
     def __init__(
         self,
         model: str,
