@@ -1,0 +1,3 @@
+"""GenEval++ as a metric of `evaluate`; the work is done by the package echo4o-hf."""
+
+from echo4o_hf.benchmarks.metrics import GenEvalPP as GenEvalPP
