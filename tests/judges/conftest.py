@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import io
 import json
+import runpy
 import threading
 import time
 from collections import deque
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -93,3 +95,11 @@ def png(picture):
     buffer = io.BytesIO()
     picture.save(buffer, "PNG")
     return buffer.getvalue()
+
+
+@pytest.fixture(scope="session")
+def tiny_vlm(tmp_path_factory):
+    """The folder of a vision-language model with random weights."""
+    folder = tmp_path_factory.mktemp("tiny-vlm")
+    runpy.run_path(str(Path(__file__).with_name("tiny_vlm.py")))["save_tiny_vlm"](folder)
+    return folder
