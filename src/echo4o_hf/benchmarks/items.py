@@ -143,7 +143,9 @@ def _download(address: str, instead: str) -> bytes:
     from huggingface_hub.utils import http_backoff, httpx  # type: ignore[attr-defined]
 
     try:
-        response = http_backoff("GET", address, max_retries=2, timeout=TIMEOUT, follow_redirects=True)
+        response = http_backoff(
+            "GET", address, max_retries=2, base_wait_time=0.5, timeout=TIMEOUT, follow_redirects=True
+        )
         response.raise_for_status()
     except (httpx.HTTPError, OSError) as error:
         raise OSError(

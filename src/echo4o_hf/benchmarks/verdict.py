@@ -66,9 +66,10 @@ class JsonPart:
 
 # A brace with a key behind it, as JSON, as a Python dict, with typographic quotes or with none.
 _START = re.compile(r"\{\s*(?:[\"'“”‘’]|\w{1,40}\s*:)")
+_REST = re.compile(r"[\w.+-]*+\s*")  # of a text that ends within a number or a word
 _BRACE = re.compile(r"[{}]")
 _FENCE = re.compile(r"^[ \t]*```", re.MULTILINE)
-_MOST_PARTS = 100  # after a cut: hostile text must not make the search quadratic
+_MOST_PARTS = 20  # after a cut: hostile text must not make the search quadratic
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -93,7 +94,11 @@ def json_parts(text: str) -> list[JsonPart]:
         end: int | None
         try:
             value, end = _DECODER.raw_decode(text, start)
-        except (ValueError, RecursionError):  # ValueError: also a number of thousands of digits
+        except json.JSONDecodeError as error:
+            # When the text runs out, a brace before may be a string's or an inner object's.
+            ran_out = error.msg.startswith("Unterminated string") or _REST.fullmatch(text, error.pos)
+            end = None if ran_out else _closing(text, start)
+        except (ValueError, RecursionError):  # a number of thousands of digits, objects in thousands of objects
             end = _closing(text, start)
         parts.append(JsonPart(value, text[start:end], cut=end is None, listed=listed))
         if end is None:
