@@ -1,4 +1,4 @@
-"""Registration with transformers' Auto classes, diffusers and datasets, without importing any of them.
+"""Registration with transformers' Auto classes, diffusers, datasets and evaluate, without importing any.
 
 transformers has no entry points for models outside of it. Configuration and processors are registered right after the
 Auto module has been imported, or at once where that already happened. Models follow when a `BagelConfig` is made,
@@ -71,6 +71,21 @@ def _register_dataset(loading: ModuleType) -> None:
         sys.modules["datasets.inspect"].dataset_module_factory = dataset_module_factory  # type: ignore[attr-defined]
 
 
+def _register_metrics(loading: ModuleType) -> None:
+    """`evaluate.load` finds our metrics by name; a script of that name in the working directory goes first."""
+    find = loading.evaluation_module_factory
+
+    @wraps(find)
+    def evaluation_module_factory(path: str, *arguments: Any, **options: Any) -> Any:
+        if path not in ("geneval_pp", "imagine_bench") or os.path.isfile(os.path.join(path, f"{path}.py")):
+            return find(path, *arguments, **options)
+        return loading.ImportableModule(f"{__package__}.benchmarks.scripts.{path}", hash=path)
+
+    loading.evaluation_module_factory = evaluation_module_factory  # type: ignore[attr-defined]
+    if "evaluate.inspect" in sys.modules:  # has its own reference
+        sys.modules["evaluate.inspect"].evaluation_module_factory = evaluation_module_factory  # type: ignore[attr-defined]
+
+
 _REGISTER: dict[str, Callable[[ModuleType], None]] = {
     "transformers.models.auto.configuration_auto": _register_config,
     "transformers.models.auto.modeling_auto": _nothing,
@@ -78,6 +93,7 @@ _REGISTER: dict[str, Callable[[ModuleType], None]] = {
     "transformers.models.auto.processing_auto": _register_processor,
     "diffusers.pipelines.pipeline_loading_utils": _register_pipeline,
     "datasets.load": _register_dataset,
+    "evaluate.loading": _register_metrics,
 }
 
 
