@@ -271,6 +271,13 @@ def test_the_data_is_read_by_subset(tmp_path: Path) -> None:
     assert chosen["subsets"] == {"surreal_fantasy": result["subsets"]["surreal_fantasy"]}
 
 
+def test_a_folder_of_the_dataset_s_name_is_not_taken_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_dataset(tmp_path / "data", 2)
+    (tmp_path / "echo-4o-image").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert stats("data", subsets=["surreal_fantasy"])["all"]["rows"] == 2
+
+
 def test_what_is_skipped_is_not_counted(tmp_path: Path) -> None:
     write_dataset(tmp_path, 6)
     metadata = tmp_path / "Surrel-Fantasy-Image/conflict.jsonl"

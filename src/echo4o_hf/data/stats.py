@@ -31,23 +31,15 @@ def read_rows(
     data_dir: str | Path | None, subsets: Sequence[str] | None, revision: str | None, on_error: str
 ) -> Iterator[dict[str, Any]]:
     """Rows of the subsets as they are read, pictures encoded, with a progress bar."""
-    from datasets import load_dataset
     from datasets.utils import tqdm
 
-    from echo4o_hf.data.layout import SUBSETS
+    from echo4o_hf.data.builder import SUBSETS, Echo4oImage
 
+    place = {"revision": revision} if data_dir is None else {"data_dir": str(data_dir)}
     for name in SUBSETS if subsets is None else subsets:
-        rows = load_dataset(
-            "echo-4o-image",
-            name,
-            data_dir=None if data_dir is None else str(data_dir),
-            revision=revision,
-            split="train",
-            streaming=True,
-            on_error=on_error,
-            decode=False,
-        )
-        yield from tqdm(rows, desc=name, unit=" rows")
+        # The class, as the name could mean a folder of this name in the working directory.
+        builder = Echo4oImage(config_name=name, on_error=on_error, decode=False, **place)
+        yield from tqdm(builder.as_streaming_dataset(split="train"), desc=name, unit=" rows")
 
 
 def stats(
