@@ -28,6 +28,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets.fingerprint import Hasher
 from datasets.load import DatasetModule
+from huggingface_hub import is_offline_mode
 
 from .archives import digest, read_in_order, unpack, write_json
 from .layout import SUBSETS as SUBSETS
@@ -163,7 +164,7 @@ class Echo4oImage(datasets.GeneratorBasedBuilder):
     def _split_generators(self, dl_manager: Any) -> list[datasets.SplitGenerator]:
         names = SUBSETS if self.config.name == "all" else (self.config.name,)
         source = self._source
-        if isinstance(source, Repository) and not dl_manager.is_streaming:
+        if isinstance(source, Repository) and (is_offline_mode() or not dl_manager.is_streaming):
             source = source.download(names)
         found = find_subsets(source.files(), source.name)
         problems = [f"{source.name}: no folder for the subset {name}" for name in names if name not in found]
