@@ -78,6 +78,28 @@ def test_products_of_the_published_sizes(script):
     assert random_model.flops(products) == pytest.approx(60.4e12, rel=0.005)
 
 
+def test_data_loading_prints_ratios_and_memory(script, capsys):
+    data_loading = script("data_loading")
+    data_loading.main(["--tiny", "--repeats", "1"])
+    rows = [row.split(" | ") for row in re.findall(r"^\| (.+) \|$", capsys.readouterr().out, re.MULTILINE)]
+    speed = {name: figures for name, *figures in rows if len(figures) == 6}
+    bare = {"built Parquet, loaded": "PIL", "built Parquet, streamed": "PIL", "tar.gz, streamed": "tarfile + PIL"}
+    for name, reference in bare.items():
+        best, _, megabytes, named, ratio, _ = speed[name]
+        assert named == reference
+        assert float(ratio) == pytest.approx(float(best) / float(speed[reference][0]), rel=0.02)
+        assert float(megabytes) > 0
+    memory = {name: figures for name, *figures in rows if name in data_loading.MEMORY and len(figures) == 2}
+    assert memory.keys() == data_loading.MEMORY.keys()
+
+
+def test_own_memory_counts_what_a_process_holds(script):
+    data_loading = script("data_loading")
+    before = data_loading.own_memory()
+    held = b"x" * 50_000_000
+    assert data_loading.own_memory() - before == pytest.approx(len(held), rel=0.1)
+
+
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_gpu_measures_every_section(script, tmp_path, capsys, device):
     if device == "cuda" and not torch.cuda.is_available():

@@ -1,15 +1,18 @@
 """The `echo4o` command, run for real on the bundled checkpoint."""
 
+import json
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from datasets import load_dataset
 from PIL import Image, ImageDraw
 
 import echo4o_hf
 from echo4o_hf.cli import main
+from echo4o_hf.miniature.dataset import write_dataset
 
 MODEL = "echo4o-miniature"
 PROMPT = "two red circles on the left and a blue star on the right"
@@ -104,7 +107,7 @@ def test_mistakes_are_one_line_and_exit_code_2(
 
 
 def test_unknown_commands_and_missing_arguments_exit_with_2() -> None:
-    for arguments in ([], ["paint"], ["generate"], ["generate", "a"], ["convert", "src"]):
+    for arguments in ([], ["paint"], ["generate"], ["generate", "a"], ["convert", "src"], ["data"], ["data", "paint"]):
         with pytest.raises(SystemExit) as stop:
             main(arguments)
         assert stop.value.code == 2
@@ -141,3 +144,120 @@ def test_convert_of_no_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert main(["convert", str(tmp_path / "empty"), str(tmp_path / "out")]) == 2
     assert "echo4o: error: " in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture(scope="module")
+def hub_layout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("hub")
+    write_dataset(folder, 6)
+    return folder
+
+
+def test_data_build_loads_without_the_package(
+    hub_layout: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--data-dir", str(hub_layout), "--subset", "multi_reference", "--subset", "surreal_fantasy"]
+    assert main(["data", "build", str(tmp_path / "built"), *arguments]) == 0
+    assert capsys.readouterr().out == f"surreal_fantasy: 6 rows\nmulti_reference: 6 rows\n{tmp_path / 'built'}\n"
+    code = f"""
+import sys
+from datasets import load_dataset
+dataset = load_dataset({str(tmp_path / "built")!r}, "multi_reference", split="train")
+assert not any(name.startswith("echo4o") for name in sys.modules)
+print(len(dataset), dataset[0]["output_image"].size)
+"""
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert run.stdout == "6 (64, 64)\n"
+
+
+def test_data_stats(hub_layout: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = tmp_path / "stats.html"
+    assert main(["data", "stats", "--data-dir", str(hub_layout), "--html", str(page)]) == 0
+    *table, last = capsys.readouterr().out.splitlines()
+    assert last == str(page) and page.read_text(encoding="utf-8").startswith("<!doctype html>")
+    for subset in ("surreal_fantasy", "multi_reference", "instruction_following"):
+        assert any(subset in line for line in table)
+
+
+def test_data_export(hub_layout: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    arguments = ["--data-dir", str(hub_layout), "--subset", "instruction_following"]
+    assert main(["data", "export", "imagefolder", str(output), *arguments]) == 0
+    assert len(load_dataset("imagefolder", data_dir=str(output), split="train")) == 6
+
+
+def test_data_overlap(hub_layout: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = load_dataset("echo-4o-image", "surreal_fantasy", data_dir=str(hub_layout), split="train")
+    prompts = tmp_path / "bench.jsonl"
+    prompts.write_text(json.dumps({"prompt": data[3]["instruction"].upper()}) + "\n")
+    outputs = {"--html": str(tmp_path / "overlap.html"), "--drop": str(tmp_path / "clean")}
+    options = [word for pair in outputs.items() for word in pair]
+    arguments = ["--data-dir", str(hub_layout), "--benchmark", f"bench={prompts}", "--threshold", "1"]
+    assert main(["data", "overlap", *arguments, *options]) == 0
+    *table, page, clean = capsys.readouterr().out.splitlines()
+    assert [page, clean] == list(outputs.values()) and "bench" in "".join(table)
+    left = load_dataset("echo-4o-image", "surreal_fantasy", data_dir=clean, split="train")
+    instruction = data[3]["instruction"]
+    assert instruction not in left["instruction"]
+    assert len(left) == 6 - data["instruction"].count(instruction)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["build", "out", "--data-dir", "missing"], "missing"),
+        (["build", "out", "--max-shard-size", "many"], "many"),
+        (["stats", "--data-dir", "missing"], "missing"),
+        (["export", "jsonl", "out", "--data-dir", "missing"], "missing"),
+        (["overlap", "--benchmark", "b=missing.jsonl"], "missing.jsonl"),
+    ],
+)
+def test_data_mistakes_are_one_line_and_exit_code_2(
+    arguments: list[str],
+    message: str,
+    hub_layout: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if "--data-dir" not in arguments:
+        arguments = [*arguments, "--data-dir", str(hub_layout)]
+    assert main(["data", *arguments]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("echo4o: error: ") and message in line
+    assert not list(tmp_path.iterdir())
+
+
+def test_data_names_the_broken_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_dataset(tmp_path / "hub", 3)
+    metadata = tmp_path / "hub/Surrel-Fantasy-Image/conflict.jsonl"
+    lines = metadata.read_text().splitlines()
+    metadata.write_text("\n".join([lines[0], "{", lines[2]]) + "\n")
+    arguments = ["--data-dir", str(tmp_path / "hub"), "--subset", "surreal_fantasy"]
+    for command in (["build", str(tmp_path / "built")], ["stats"]):
+        assert main(["data", *command, *arguments]) == 2
+        last = capsys.readouterr().err.rsplit("\r", 1)[-1].splitlines()[-1]
+        assert last.startswith("echo4o: error: ") and "conflict.jsonl" in last and "line 2" in last
+    assert main(["data", "build", str(tmp_path / "built"), *arguments, "--on-error", "skip"]) == 0
+    assert "surreal_fantasy: 2 rows" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["overlap", "--benchmark", "prompts.jsonl"], "'prompts.jsonl' is not NAME=FILE"),
+        (["stats", "--data-dir", "folder", "--revision", "x"], "--revision: not allowed with argument --data-dir"),
+        (["stats", "--subset", "all"], "invalid choice: 'all'"),
+        (["export", "zip", "out"], "invalid choice: 'zip'"),
+    ],
+)
+def test_data_options_that_make_no_sense(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["data", *arguments])
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err

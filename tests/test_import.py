@@ -25,12 +25,12 @@ def test_import_is_light() -> None:
     assert loaded_by("import echo4o_hf") == set()
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["demo", "--help"], ["generate", "--help"], ["convert", "--help"]])
-def test_help_is_light(arguments: list[str]) -> None:
+@pytest.mark.parametrize("command", ["", "demo", "generate", "convert", "data", "data build", "data overlap"])
+def test_help_is_light(command: str) -> None:
     code = f"""
 from echo4o_hf.cli import main
 try:
-    main({arguments!r})
+    main({[*command.split(), '--help']!r})
 except SystemExit as stop:
     assert not stop.code
 """

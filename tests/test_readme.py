@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from echo4o_hf.cli import build_parser
+from echo4o_hf.cli import build_parser, main
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -70,9 +70,14 @@ def test_benchmark_commands_exist() -> None:
     assert scripts and all((ROOT / script).exists() for script in scripts)
 
 
-def test_help_is_the_commands(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("command", ["echo4o --help", "echo4o data --help"])
+def test_help_is_the_commands(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("COLUMNS", "100")
-    assert f"$ echo4o --help\n{build_parser().format_help()}" in blocks("text")
+    with pytest.raises(SystemExit):
+        main(command.split()[1:])
+    assert f"$ {command}\n{capsys.readouterr().out}" in blocks("text")
 
 
 def test_file_map_is_the_tree() -> None:

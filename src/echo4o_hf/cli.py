@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import __version__
 
@@ -16,15 +16,24 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 DTYPES = ("float32", "bfloat16", "float16")
+SUBSETS = ("surreal_fantasy", "multi_reference", "instruction_following")
 
 
 class Command(NamedTuple):
-    """One word after `echo4o`."""
+    """One word after `echo4o`, or after the name of a group."""
 
     name: str
     help: str
     add_arguments: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace], None]
+
+
+class Group(NamedTuple):
+    """One word after `echo4o` that a command's name follows."""
+
+    name: str
+    help: str
+    commands: tuple[Command, ...]
 
 
 def _demo_arguments(parser: argparse.ArgumentParser) -> None:
@@ -155,10 +164,157 @@ def _convert(args: argparse.Namespace) -> None:
     convert(args.src, args.dst, dtype=getattr(torch, args.dtype) if args.dtype else None, to=args.to)
 
 
+def _source_arguments(parser: argparse.ArgumentParser) -> None:
+    """What every command of `echo4o data` reads."""
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument(
+        "--data-dir", metavar="DIR", help="Echo-4o-Image as downloaded, as extracted, or as built; default: the Hub"
+    )
+    source.add_argument("--revision", metavar="REV", help="of the Hub's repository; default: the tested one")
+    parser.add_argument(
+        "--on-error",
+        choices=("raise", "skip"),
+        default="raise",
+        help="what to do with broken rows: stop and list them, or leave them out and list them (default: %(default)s)",
+    )
+
+
+def _subset_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--subset", action="append", dest="subsets", choices=SUBSETS, help="repeat it for several (default: all three)"
+    )
+
+
+def _without_run(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of a command that are the parameters of its function."""
+    return {name: value for name, value in vars(args).items() if name != "run"}
+
+
+def _build_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("output", type=Path, metavar="OUTPUT", help="folder to write; run again to go on after a stop")
+    _source_arguments(parser)
+    _subset_argument(parser)
+    parser.add_argument(
+        "--max-shard-size", default="500MB", metavar="SIZE", help="of a Parquet file (default: %(default)s)"
+    )
+    parser.add_argument("--push-to-hub", metavar="REPO", help="also upload to this repository, such as me/name")
+    parser.add_argument("--private", action="store_true", help="make that repository a private one")
+
+
+def _build(args: argparse.Namespace) -> None:
+    from .data.build import build
+
+    for subset, number in build(**_without_run(args)).items():
+        print(f"{subset}: {number} rows")
+    print(args.output)
+
+
+def _stats_arguments(parser: argparse.ArgumentParser) -> None:
+    _source_arguments(parser)
+    _subset_argument(parser)
+    parser.add_argument("--html", type=Path, metavar="FILE", help="also write a page with histograms and samples")
+
+
+def _stats(args: argparse.Namespace) -> None:
+    from .data.stats import stats, table, write_html
+
+    found = stats(args.data_dir, subsets=args.subsets, revision=args.revision, on_error=args.on_error)
+    print(table(found))
+    if args.html:
+        write_html(found, args.html)
+        print(args.html)
+
+
+def _export_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "format",
+        metavar="FORMAT",
+        choices=("bagel", "webdataset", "imagefolder", "jsonl"),
+        help="bagel (the official trainer's), webdataset, imagefolder or jsonl",
+    )
+    parser.add_argument("output", type=Path, metavar="OUTPUT", help="folder to write")
+    _source_arguments(parser)
+    parser.add_argument("--subset", choices=(*SUBSETS, "all"), default="all", help="default: %(default)s")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier export in OUTPUT")
+    parser.add_argument(
+        "--max-shard-size", metavar="SIZE", help="of a file of bagel or webdataset, about (default: 500MB)"
+    )
+
+
+def _export(args: argparse.Namespace) -> None:
+    from .data.export import export
+
+    report = export(**_without_run(args))
+    for name, reason in report.left_out:
+        print(f"left out: {name}: {reason}")
+    print(f"{report.rows} rows, {len(report.left_out)} left out")
+    print(args.output)
+
+
+def _overlap_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--benchmark",
+        action="append",
+        required=True,
+        dest="benchmarks",
+        type=_name_and_path,
+        metavar="NAME=FILE",
+        help="a benchmark's prompts as JSON lines, such as geneval_pp=geneval++.jsonl; repeat it for several",
+    )
+    _source_arguments(parser)
+    _subset_argument(parser)
+    parser.add_argument(
+        "--threshold",
+        type=float,
+        default=0.7,
+        metavar="J",
+        help="Jaccard similarity of n-grams from which two texts are near (default: %(default)s)",
+    )
+    parser.add_argument("--ngram", type=int, default=3, metavar="N", help="tokens of one (default: %(default)s)")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="also write a page with the pairs")
+    parser.add_argument("--drop", type=Path, metavar="OUTPUT", help="also write a copy without the rows found")
+
+
+def _name_and_path(text: str) -> tuple[str, Path]:
+    name, equals, path = text.partition("=")
+    if not (name and equals and path):
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=FILE")
+    return name, Path(path)
+
+
+def _overlap(args: argparse.Namespace) -> None:
+    from .data.overlap import drop, overlap, table, write_html
+
+    report = overlap(
+        args.data_dir,
+        dict(args.benchmarks),
+        subsets=args.subsets,
+        revision=args.revision,
+        on_error=args.on_error,
+        threshold=args.threshold,
+        ngram=args.ngram,
+    )
+    print(table(report))
+    if args.html:
+        write_html(report, args.html)
+        print(args.html)
+    if args.drop:
+        drop(report, args.drop, args.data_dir, revision=args.revision, on_error=args.on_error)
+        print(args.drop)
+
+
+DATA_COMMANDS = (
+    Command("build", "Parquet files that load without this package", _build_arguments, _build),
+    Command("stats", "rows, sizes and lengths per subset and category", _stats_arguments, _stats),
+    Command("export", "the formats of trainers", _export_arguments, _export),
+    Command("overlap", "training instructions that are also prompts of a benchmark", _overlap_arguments, _overlap),
+)
+
 COMMANDS = (
     Command("demo", "the whole journey in miniature, on a CPU, offline", _demo_arguments, _demo),
     Command("generate", "pictures from a prompt, with or without references", _generate_arguments, _generate),
     Command("convert", "a checkpoint from the official layout to ours, or back", _convert_arguments, _convert),
+    Group("data", "Echo-4o-Image: build, describe, export, compare with benchmarks", DATA_COMMANDS),
 )
 
 
@@ -166,14 +322,21 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
     parser = argparse.ArgumentParser(prog="echo4o", description="Echo-4o (Bagel) with transformers and diffusers.")
     parser.add_argument("--version", action="version", version=f"echo4o-hf {__version__}")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for command in COMMANDS:
-        subparser = commands.add_parser(
+    _add_commands(parser, COMMANDS)
+    return parser
+
+
+def _add_commands(parser: argparse.ArgumentParser, commands: Sequence[Command | Group]) -> None:
+    subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
+    for command in commands:
+        subparser = subparsers.add_parser(
             command.name, help=command.help, description=command.help[0].upper() + command.help[1:] + "."
         )
-        command.add_arguments(subparser)
-        subparser.set_defaults(run=command.run)
-    return parser
+        if isinstance(command, Group):
+            _add_commands(subparser, command.commands)
+        else:
+            command.add_arguments(subparser)
+            subparser.set_defaults(run=command.run)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
