@@ -122,10 +122,12 @@ class HFJudge:
             except (InferenceTimeoutError, httpx2.TransportError) as error:
                 if attempt == self.max_retries:
                     raise self._unreachable(error) from None
-            except (json.JSONDecodeError, TypeError, KeyError) as error:  # of the client, on what is no completion
+            except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
                 self._reached = True
                 raise BrokenReply(f"not a chat completion: {error}") from error
-            except ValueError as error:  # of the client, before it sends anything
+            except ValueError as error:  # of the client: about token, provider or model, or on some other JSON
+                if self._reached:
+                    raise BrokenReply(f"not a chat completion: {error}") from error
                 raise JudgeStopped(f"cannot ask {self!r}: {self._hide(str(error))}") from None
             time.sleep(wait)
         raise AssertionError("the loop returns or raises")
