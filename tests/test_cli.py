@@ -192,10 +192,11 @@ def test_data_overlap(hub_layout: Path, tmp_path: Path, capsys: pytest.CaptureFi
     prompts.write_text(json.dumps({"prompt": data[3]["instruction"].upper()}) + "\n")
     outputs = {"--html": str(tmp_path / "overlap.html"), "--drop": str(tmp_path / "clean")}
     options = [word for pair in outputs.items() for word in pair]
-    arguments = ["--data-dir", str(hub_layout), "--benchmark", f"bench={prompts}", "--threshold", "1"]
+    arguments = ["--data-dir", str(hub_layout), "--benchmark", f"bench={prompts}", "--benchmark", "shapes_140"]
     assert main(["data", "overlap", *arguments, *options]) == 0
     *table, page, clean = capsys.readouterr().out.splitlines()
-    assert [page, clean] == list(outputs.values()) and "bench" in "".join(table)
+    assert [page, clean] == list(outputs.values())
+    assert [line.split()[:3] for line in table if line.startswith("shapes_140")][-1] == ["shapes_140", "all", "18"]
     left = load_dataset("echo-4o-image", "surreal_fantasy", data_dir=clean, split="train")
     instruction = data[3]["instruction"]
     assert instruction not in left["instruction"]
@@ -210,6 +211,7 @@ def test_data_overlap(hub_layout: Path, tmp_path: Path, capsys: pytest.CaptureFi
         (["stats", "--data-dir", "missing"], "missing"),
         (["export", "jsonl", "out", "--data-dir", "missing"], "missing"),
         (["overlap", "--benchmark", "b=missing.jsonl"], "missing.jsonl"),
+        (["overlap", "--benchmark", "prompts.jsonl"], "'prompts.jsonl' is none of geneval_pp, "),
     ],
 )
 def test_data_mistakes_are_one_line_and_exit_code_2(
@@ -248,7 +250,6 @@ def test_data_names_the_broken_record(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["overlap", "--benchmark", "prompts.jsonl"], "'prompts.jsonl' is not NAME=FILE"),
         (["stats", "--data-dir", "folder", "--revision", "x"], "--revision: not allowed with argument --data-dir"),
         (["stats", "--subset", "all"], "invalid choice: 'all'"),
         (["export", "zip", "out"], "invalid choice: 'zip'"),

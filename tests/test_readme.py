@@ -7,9 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from datasets import load_dataset
 from PIL import Image
 
 from echo4o_hf.cli import build_parser, main
+from echo4o_hf.miniature.dataset import write_dataset
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -62,6 +64,18 @@ def test_commands_exist(command: list[str]) -> None:
         assert build_parser().parse_args(arguments).run
     else:
         assert command[:4] == ["pip", "install", "-c", "constraints.txt"]
+
+
+def test_data_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_dataset("shapes", samples_per_subset=20)
+    run = [command for command in commands() if command[:2] == ["echo4o", "data"]]
+    assert [command[2] for command in run] == ["build", "stats", "export", "overlap"]
+    for command in run:
+        assert main(command[1:]) == 0
+    written = {"stats.html", "overlap.html", "shapes-bagel", "shapes-clean", "shapes-parquet"}
+    assert written < {path.name for path in tmp_path.iterdir()}
+    assert load_dataset("./shapes-parquet", "multi_reference", split="train").num_rows == 20
 
 
 def test_benchmark_commands_exist() -> None:

@@ -257,9 +257,8 @@ def _overlap_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         required=True,
         dest="benchmarks",
-        type=_name_and_path,
-        metavar="NAME=FILE",
-        help="a benchmark's prompts as JSON lines, such as geneval_pp=geneval++.jsonl; repeat it for several",
+        metavar="NAME[=FILE]",
+        help="geneval_pp, imagine_bench, shapes_140, or any name with a file of JSON lines; repeat it for several",
     )
     _source_arguments(parser)
     _subset_argument(parser)
@@ -275,11 +274,18 @@ def _overlap_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--drop", type=Path, metavar="OUTPUT", help="also write a copy without the rows found")
 
 
-def _name_and_path(text: str) -> tuple[str, Path]:
-    name, equals, path = text.partition("=")
-    if not (name and equals and path):
-        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=FILE")
-    return name, Path(path)
+def _benchmark_file(benchmark: str) -> tuple[str, Path]:
+    """The name and the file of prompts; the official benchmarks' are downloaded once."""
+    name, equals, path = benchmark.partition("=")
+    if equals and name and path:
+        return name, Path(path)
+    from .benchmarks.items import ITEMS, pinned_path
+
+    if benchmark == "shapes_140":
+        return benchmark, Path(__file__).parent / "miniature" / "items.jsonl"
+    if benchmark in ITEMS:
+        return benchmark, pinned_path(ITEMS[benchmark], f"--benchmark {benchmark}=FILE")
+    raise ValueError(f"--benchmark {benchmark!r} is none of {', '.join([*ITEMS, 'shapes_140'])}: give NAME=FILE")
 
 
 def _overlap(args: argparse.Namespace) -> None:
@@ -287,7 +293,7 @@ def _overlap(args: argparse.Namespace) -> None:
 
     report = overlap(
         args.data_dir,
-        dict(args.benchmarks),
+        dict(map(_benchmark_file, args.benchmarks)),
         subsets=args.subsets,
         revision=args.revision,
         on_error=args.on_error,
