@@ -4,6 +4,7 @@ import contextlib
 import glob
 import hashlib
 import io
+import itertools
 import json
 import os
 import re
@@ -112,6 +113,11 @@ def test_keys_are_unique_plain_and_stable(ids: list[str]) -> None:
     assert all(re.fullmatch(r"[A-Za-z0-9_-]{1,64}", key) for key in keys)
     assert len({key.lower() for key in keys}) == len(ids)  # also on a disk that ignores case
     assert [sample_key(sample_id) for sample_id in reversed(ids)] == keys[::-1]
+
+
+def test_ids_that_differ_in_little_have_different_keys() -> None:
+    ids = ["".join(letters) for length in range(6) for letters in itertools.product("aA-/_", repeat=length)]
+    assert len({sample_key(sample_id).lower() for sample_id in ids}) == len(ids)
 
 
 def test_a_key_can_be_read() -> None:
