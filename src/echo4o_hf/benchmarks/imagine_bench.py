@@ -150,15 +150,18 @@ def parse(reply: str, item: Mapping[str, Any], protocol: Protocol = "official") 
     """
     check_protocol(protocol)
     text = answer(reply)
-    objects = [part for part in json_parts(text) if re.search(_NAMES, part.text, re.I)]
-    groups = [_json_group(part) for part in objects if not part.cut] if objects else _line_groups(text)
-    complete = [scores for scores in groups if len(scores) == len(DIMENSIONS)]
-    if not complete:
-        missing = [name.replace("_", " ") for name in DIMENSIONS if not any(name in scores for scores in groups)]
-        if len(missing) in (0, len(DIMENSIONS)) or not groups:
+    in_lines = _line_groups(text)
+    in_json = [_json_group(part) for part in json_parts(text) if not part.cut and _KEY.search(part.text)]
+    ends = [whole[-1] for groups in (in_lines, in_json) if (whole := [*filter(_is_complete, groups)])]
+    if not ends:
+        missing = {*DIMENSIONS}.difference(*in_lines, *in_json)
+        if len(missing) in (0, len(DIMENSIONS)):
             return Verdict(None, unscored=no_verdict(reply, "three scores that belong together"))
-        return Verdict(None, unscored=f"the reply has no score for {', '.join(missing)}")
-    last = complete[-1]
+        names = ", ".join(name.replace("_", " ") for name in DIMENSIONS if name in missing)
+        return Verdict(None, unscored=f"the reply has no score for {names}")
+    last = ends[0]
+    if any(other[name].score != last[name].score for other in ends for name in DIMENSIONS):
+        return Verdict(None, unscored="the reply gives other scores in its lines than in its JSON")
     reasons = "\n".join(f"{name}: {given.reason}" for name, given in last.items() if given.reason)
     scores = {name: given.score for name, given in last.items() if given.score is not None}
     if problems := [given.problem for given in last.values() if given.score is None]:
@@ -180,6 +183,10 @@ class Given:
 Scores = dict[str, Given]  # by dimension, in the order of the reply
 
 
+def _is_complete(scores: Scores) -> bool:
+    return len(scores) == len(DIMENSIONS)
+
+
 def _given(number: str, most: str | None, name: str) -> Given:
     value = float(number)
     if most is not None and float(most) != 10:
@@ -192,7 +199,9 @@ _NAMES = r"(?:fantasy[ \t_-]*+fulfil++ment|identity[ \t_-]*+preservation|aesthet
 _GAP = r"[ \t*_`\"'“”‘’]*+"
 _RANGE = r"(?:[(\[][ \t]*+(?:0[ \t]*+(?:-|–|—|to)[ \t]*+10|out[ \t]++of[ \t]++10|/[ \t]*+10)[ \t]*+[)\]])?+"
 _WORD = r"(?:(?:score|rating)\b)?+"
-_HEAD = rf"[ \t\-*+•>#|_`\"'“‘(]*+(?:[0-9]{{1,2}}[.)])?+{_GAP}(?P<name>{_NAMES}){_GAP}{_WORD}{_GAP}{_RANGE}{_GAP}"
+_KEY = re.compile(rf"[{{,]\s*+[\"'“”‘’*]++{_NAMES}[^:\n\"'“”‘’]{{0,20}}[\"'“”‘’]\s*+:", re.I)
+# A name in quotes is a key of JSON.
+_HEAD = rf"[ \t\-*+•>#|_`(]*+(?:[0-9]{{1,2}}[.)])?+[ \t*_`]*+(?P<name>{_NAMES})[ \t*_`]*+{_WORD}{_GAP}{_RANGE}{_GAP}"
 _NUMBER = rf"[<\[(]?+{_GAP}(?P<number>[-+]?+[0-9]++(?:\.[0-9]++)?+)(?P<rest>.*)"
 _HEADING = re.compile(rf"{_HEAD}[:=|]?+{_GAP}$", re.I)
 _SCORED = re.compile(rf"{_HEAD}(?P<sep>[:=|]|[-–—](?=[ \t]))?+{_GAP}(?:{_WORD}{_GAP}[:=]?+){_GAP}{_NUMBER}$", re.I)
@@ -254,9 +263,11 @@ def _line_groups(text: str) -> list[Scores]:
         groups[-1][name] = given
     last = groups[-1]
     ends = [given.after.strip(" \t\n-_*#|=") for given in last.values()]
-    # The last number of a reply may be half of one: it stands if another ends as it does.
-    if len(last) == len(DIMENSIONS) and ends[-1] in ("", ".", "/", "/1") and ends[-1] not in ends[:-1]:
-        del last[next(reversed(last))]
+    # A number at the very end may be half of one: it stands if another ends as it does.
+    if _is_complete(last) and ends[-1] in ("", ".", "/", "/1") and ends[-1] not in ends[:-1]:
+        name, given = last.popitem()
+        if "\n" in given.after:
+            last[name] = given
     return [scores for scores in groups if scores]
 
 
@@ -264,32 +275,40 @@ def _following(text: str) -> Iterator[tuple[str, Given]]:
     """The scores in a text, each with what follows it."""
     lines = text.split("\n")
     found = [*_scores(lines)]
-    for place, (number, name, given) in enumerate(found):
+    for place, (_, number, name, given) in enumerate(found):
         until = found[place + 1][0] if place + 1 < len(found) else len(lines)
         after = "\n".join([given.after, *lines[number + 1 : until]])
         reason = re.sub(r"^[\W_]*+(?:reason|justification|explanation)\b[\W_]*+", "", after, flags=re.I)
         yield name, replace(given, after=after, reason=reason.strip(" \n\t*.-–—:|"))
 
 
-def _scores(lines: Sequence[str]) -> Iterator[tuple[int, str, Given]]:
-    """The scores in lines: the line's number, the dimension, and what is given with the rest of its line."""
+def _scores(lines: Sequence[str]) -> Iterator[tuple[int, int, str, Given]]:
+    """The scores in lines: where the name stands, where the number, the dimension, and what is given there."""
     for number, line in enumerate(lines):
-        names = re.findall(_NAMES, line, re.I)
-        if len(names) > 1:  # all on one line, when it holds nothing else
-            pieces = [_SCORED.match(piece) for piece in re.split(r"[,;|]", line) if piece.strip(" \t*.")]
-            several = [_read(match, match["name"], alone=True) if match else None for match in pieces]
-            if all(several) and len(several) == len(names):
-                yield from (
-                    (number, _dimension(name), given) for name, given in zip(names, several, strict=True) if given
-                )
-                continue
-        if heading := _HEADING.match(line):
-            below = next((place for place in range(number + 1, len(lines)) if lines[place].strip()), None)
-            match = _BELOW.match(lines[below]) if below is not None else None
-            if below is not None and match and (given := _read(match, heading["name"], alone=not match["sep"])):
-                yield below, _dimension(heading["name"]), given
+        if not re.search(_NAMES, line, re.I):
+            continue
+        if several := _all_on(line):
+            yield from ((number, number, name, given) for name, given in several)
+        elif heading := _HEADING.match(line):
+            below = next((place for place in range(number + 1, len(lines)) if lines[place].strip()), number)
+            match = _BELOW.match(lines[below])
+            if match and (given := _read(match, heading["name"], alone=not match["sep"])):
+                yield number, below, _dimension(heading["name"]), given
         elif (match := _SCORED.match(line)) and (given := _read(match, match["name"], alone=not match["sep"])):
-            yield number, _dimension(match["name"]), given
+            yield number, number, _dimension(match["name"]), given
+
+
+def _all_on(line: str) -> list[tuple[str, Given]]:
+    """The scores on a line that holds two or more and nothing else; [] for other lines."""
+    found = []
+    for piece in re.split(r"[,;|]", line):
+        if piece.strip(" \t*."):
+            match = _SCORED.match(piece)
+            given = _read(match, match["name"], alone=True) if match else None
+            if match is None or given is None:
+                return []
+            found.append((_dimension(match["name"]), replace(given, after="")))
+    return found if len(found) > 1 else []
 
 
 def _read(match: re.Match[str], name: str, alone: bool) -> Given | None:
