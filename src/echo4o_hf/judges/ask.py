@@ -234,7 +234,8 @@ def _decode(encoded: Sequence[bytes]) -> list[Image.Image]:
     for number, data in enumerate(encoded, start=1):
         try:
             with Image.open(io.BytesIO(data)) as image:
-                images.append(image.convert("RGB"))
+                image.load()
+                images.append(image if image.mode == "RGB" else image.convert("RGB"))
         except UnidentifiedImageError:
             raise JudgeFailed(f"image {number} is no image file, or of an unknown format") from None
         except Exception as error:  # Pillow's decoders raise whatever a broken file makes them run into

@@ -81,5 +81,5 @@ def public_url(url: str) -> str:
 
 def _data_url(image: Image.Image) -> str:
     buffer = io.BytesIO()
-    image.convert("RGB").save(buffer, "JPEG")
+    (image if image.mode == "RGB" else image.convert("RGB")).save(buffer, "JPEG")
     return f"data:image/jpeg;base64,{base64.b64encode(buffer.getbuffer()).decode('ascii')}"
