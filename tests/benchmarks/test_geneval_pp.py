@@ -220,7 +220,7 @@ def verdict_object(random: Random, right: bool, text: str) -> str:
     reason = f"{text} {random.choice(TRAPS).format(int(not right))} {text}"
     pairs: list[tuple[str, Any]] = [
         (random.choice(["correct", "Correct", "CORRECT"]), random.choice(WAYS[right])),
-        ("reason", reason.replace("<think>", "think").replace("</think>", "think")),
+        ("reason", reason.replace("</think>", "")),
         ("details", {"correct": int(not right), "counts": [{"cat": 3}]}),
     ]
     kept = pairs[: random.choice([2, 3])]

@@ -197,7 +197,9 @@ TRAPS = [
         "Reason: text, {name}: {other}\nand: {other}",
     ),
 ]
-TEXT = st.one_of(st.text(max_size=20), st.just("the light is soft")).map(lambda text: " ".join(text.split()))
+TEXT = st.one_of(st.text(max_size=20), st.just("the light is soft")).map(
+    lambda text: " ".join(text.replace("</think>", "").split())
+)
 
 
 def written(random: Random, value: float) -> str:

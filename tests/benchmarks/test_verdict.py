@@ -83,7 +83,8 @@ def test_hostile_text_takes_no_time(text: str) -> None:
 
 def test_thinking_is_no_answer() -> None:
     assert answer("<think>1</think>2") == answer("1</think>2") == "2"
-    assert answer("<think>1") == ""
+    assert answer("\n<think>1") == ""
+    assert answer("reason: <think> is written here") == "reason: <think> is written here"
 
 
 def test_unwrapped() -> None:

@@ -51,7 +51,8 @@ def check_protocol(protocol: str) -> None:
 
 def answer(reply: str) -> str:
     """The reply without the thinking that some models write in front of it; "" when it breaks off while thinking."""
-    return reply.rpartition("</think>")[2].partition("<think>")[0]
+    rest = reply.rpartition("</think>")[2]  # some templates put the opening tag into the prompt
+    return "" if rest.lstrip().startswith("<think>") else rest
 
 
 @dataclass(frozen=True)
