@@ -411,9 +411,14 @@ def summarize(
     }
 
 
-def _row(model: str, scores: str, source: str = "arXiv 2508.09987") -> dict[str, Any]:
+def _row(model: str, scores: str) -> dict[str, Any]:
     *per_tag, overall = [None if score == "-" else float(score) for score in scores.split()]
-    return {"model": model, NAME: overall, "per_tag": dict(zip(TAGS, per_tag, strict=True)), "source": source}
+    return {
+        "model": model,
+        NAME: overall,
+        "per_tag": dict(zip(TAGS, per_tag, strict=True)),
+        "source": "arXiv 2508.09987",
+    }
 
 
 PUBLISHED: list[dict[str, Any]] = [
@@ -426,5 +431,7 @@ PUBLISHED: list[dict[str, Any]] = [
     _row("OmniGen2", ".550 .425 .200 .275 .125 .250 .450 .325"),
     _row("Bagel", ".325 .600 .250 .325 .250 .475 .375 .371"),
     _row("Echo-4o", "- .575 - - - - .625 .679"),
+    _row("BLIP3-o 8B + Echo-4o-Image", "- - - - - - - .44"),
+    _row("OmniGen2 + Echo-4o-Image", "- - - - - - - .47"),
     _row("GPT-4o", ".900 .675 .725 .625 .600 .800 .850 .739"),
 ]

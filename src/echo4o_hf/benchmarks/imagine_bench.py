@@ -385,10 +385,15 @@ def released_script_score(per_type: Mapping[str, float | None]) -> float | None:
     return round(sum(GROUP_WEIGHTS[name] * score for name, score in kept.items()) / weight, 3) if kept else None
 
 
-def _row(model: str, scores: str, source: str = "arXiv 2508.09987") -> dict[str, Any]:
+def _row(model: str, scores: str) -> dict[str, Any]:
     *per_type, overall = [None if score == "-" else float(score) for score in scores.split()]
     columns = ("Attribute shift", "Spatiotemporal", "Hybridization", "Multi-Object")
-    return {"model": model, NAME: overall, "per_type": dict(zip(columns, per_type, strict=True)), "source": source}
+    return {
+        "model": model,
+        NAME: overall,
+        "per_type": dict(zip(columns, per_type, strict=True)),
+        "source": "arXiv 2508.09987",
+    }
 
 
 PUBLISHED: list[dict[str, Any]] = [
@@ -400,5 +405,7 @@ PUBLISHED: list[dict[str, Any]] = [
     _row("OmniGen2", "- - - - 6.22"),
     _row("Bagel", "5.37 6.93 6.50 6.41 6.20"),
     _row("Echo-4o", "- - - - 7.80"),
+    _row("BLIP3-o + Echo-4o-Image", "- - - - 7.37"),
+    _row("OmniGen2 + Echo-4o-Image", "- - - - 7.01"),
     _row("GPT-4o", "8.54 9.18 8.57 7.98 8.56"),
 ]

@@ -242,11 +242,11 @@ def compare(results_a: Mapping[str, Any], results_b: Mapping[str, Any], seed: in
             both[group].append((score, other))
     table = {group: [b - a for a, b in pairs] for group, pairs in both.items()}
     pairs = [pair for pairs in both.values() for pair in pairs]
-    test = _mcnemar if {score for pair in pairs for score in pair} <= {0.0, 1.0} else _bootstrap_test
+    binary = {score for pair in pairs for score in pair} <= {0.0, 1.0}
     return {
         "difference": weighted_mean(table, weights),
         "confidence_interval": clustered_bootstrap(table, weights, seed),
-        **test(table, weights, seed),
+        **(_mcnemar(table) if binary else _bootstrap_test(table, weights, seed)),
         "per_group": {group: mean(values) for group, values in table.items()},
         "num_items": len(pairs),
         "num_left_out": len(scores_a) - len(pairs),
@@ -267,7 +267,7 @@ def _item_scores(results: Mapping[str, Any]) -> dict[str, tuple[str, float | Non
     return found
 
 
-def _mcnemar(table: Table, weights: Mapping[str, float], seed: int) -> dict[str, Any]:
+def _mcnemar(table: Table) -> dict[str, Any]:
     from scipy.stats import binomtest
 
     values = [value for scores in table.values() for value in scores]
