@@ -1,6 +1,9 @@
 """The Parquet copy: what it holds, that others can read it, and that it survives being stopped anywhere."""
 
+import base64
+import gzip
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -8,13 +11,17 @@ import signal
 import subprocess
 import sys
 import tarfile
+import threading
+from http.server import ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import datasets
 import pyarrow.parquet as pq
 import pytest
 from filelock import FileLock
 from huggingface_hub import DatasetCard
+from test_hub import REPOSITORY, Hub
 
 import echo4o_hf
 from echo4o_hf.data.build import ROW_GROUP_ROWS, build
@@ -248,6 +255,23 @@ def test_continues_after_the_last_finished_file(source, built, tmp_path, monkeyp
     assert kept == [path.name for path in files[:2]]
 
 
+def test_excluded_rows(source, built, tmp_path):
+    read = datasets.load_dataset("parquet", data_files=f"{built}/multi_reference/*.parquet", split="train")["id"]
+    exclude = frozenset([*read[:2], *read[9:11], read[-1], "surreal_fantasy/none"])
+    options = {"subsets": ["multi_reference"], "max_shard_size": SIZE, "exclude": exclude}
+    output = tmp_path / "output"
+    assert build(output, source, **options) == {"multi_reference": ROWS - 5}
+    files = sorted((output / "multi_reference").iterdir())
+    left = datasets.load_dataset("parquet", data_files=list(map(str, files)), split="train")["id"]
+    assert list(left) == [id for id in read if id not in exclude]
+    whole = hashes(output)
+    files[1].unlink()
+    with pytest.raises(ValueError, match="multi_reference with other settings: exclude '[0-9a-f]{8}', now ''"):
+        build(output, source, **{**options, "exclude": frozenset()})
+    build(output, source, **options)
+    assert hashes(output) == whole
+
+
 def test_a_whole_build_is_left_alone(source, built, tmp_path):
     output = tmp_path / "output"
     shutil.copytree(built, output)
@@ -361,3 +385,111 @@ def test_no_source(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere"):
         build(tmp_path / "output", tmp_path / "nowhere")
     assert not (tmp_path / "output").exists()
+
+
+def damage(source, name):
+    """Cut short one picture of the surreal subset."""
+    (archive,) = (source / "Surrel-Fantasy-Image").rglob("*.tar.gz")
+    content = io.BytesIO()
+    with tarfile.open(archive) as old, tarfile.open(fileobj=content, mode="w") as new:
+        for member in old:
+            data = old.extractfile(member).read()
+            data = data[: len(data) // 2] if member.name.endswith(name) else data
+            member.size = len(data)
+            new.addfile(member, io.BytesIO(data))
+    archive.write_bytes(gzip.compress(content.getvalue()))
+
+
+def test_damaged_pictures(source, tmp_path):
+    damaged, output = tmp_path / "damaged", tmp_path / "output"
+    shutil.copytree(source, damaged)
+    for name in ("00015.jpg", "00017.jpg"):
+        damage(damaged, name)
+    with pytest.raises(ValueError, match="2 damaged pictures; .*\\n.*/00015: .*decode.*\\n.*/00017: ") as error:
+        build(output, damaged, subsets=["surreal_fantasy"], max_shard_size="5KB")
+    assert len(str(error.value).splitlines()) == 3
+    assert len(list((output / ".build").glob("*.parquet"))) >= 2 and not (output / "README.md").exists()
+
+    # What was written before the error is continued by leaving the damaged rows out.
+    options = {"subsets": ["surreal_fantasy"], "max_shard_size": "5KB", "on_error": "skip"}
+    assert build(output, damaged, **options) == {"surreal_fantasy": ROWS - 2}
+    build(tmp_path / "at once", damaged, **options)
+    assert hashes(output) == hashes(tmp_path / "at once")
+
+
+class PushHub(Hub):
+    """Also takes uploads: every file as a regular one, in the body of the commit."""
+
+    created: list[dict] = []
+    validated: list[str] = []
+
+    def do_POST(self):
+        kind = urlsplit(self.path).path.removeprefix(f"/api/datasets/{REPOSITORY}/").split("/")[0]
+        if self.path == "/api/repos/create":
+            self.created.append(json.loads(self.content()))
+            return self.answer({"url": f"http://{self.headers['Host']}/datasets/{REPOSITORY}"})
+        if self.path == "/api/validate-yaml":
+            self.validated.append(json.loads(self.content())["content"])
+            return self.answer({"errors": [], "warnings": []})
+        if kind == "preupload":
+            paths = [file["path"] for file in json.loads(self.content())["files"]]
+            return self.answer({"files": [{"path": p, "uploadMode": "regular", "shouldIgnore": False} for p in paths]})
+        if kind == "commit":
+            for line in self.content().splitlines():
+                self.apply(**json.loads(line))
+            address = f"http://{self.headers['Host']}/datasets/{REPOSITORY}/commit/{self.commit}"
+            return self.answer({"commitUrl": address, "commitOid": self.commit})
+        return super().do_POST()
+
+    def apply(self, key, value):
+        path = self.folder / value.get("path", "")
+        if key == "file":
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(base64.b64decode(value["content"]))
+        elif key == "deletedFile":
+            path.unlink()
+
+    def content(self):
+        return self.rfile.read(int(self.headers["Content-Length"]))
+
+    def answer(self, found):
+        self.reply(200, {}, json.dumps(found).encode())
+
+
+@pytest.fixture
+def hub(tmp_path):
+    PushHub.folder = tmp_path / "hub"
+    PushHub.folder.mkdir()
+    PushHub.created, PushHub.validated = [], []
+    server = ThreadingHTTPServer(("127.0.0.1", 0), PushHub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_push_to_hub(hub, source, built, tmp_path):
+    stale = PushHub.folder / "surreal_fantasy" / "train-00000-of-00099.parquet"
+    stale.parent.mkdir()
+    stale.write_text("of another build")
+    (PushHub.folder / "LICENSE").write_text("theirs")
+    output = tmp_path / "output"
+    shutil.copytree(built, output)
+    (output / "notes.txt").write_text("not for the Hub")
+    script = """
+import sys
+from echo4o_hf.data.build import build
+build(sys.argv[1], sys.argv[2], max_shard_size=sys.argv[3], push_to_hub=sys.argv[4], private=True)
+"""
+    environment = {"HF_ENDPOINT": hub, "HF_TOKEN": "hf_token", "HF_HOME": tmp_path / "home"}
+    run(script, output, source, SIZE, REPOSITORY, **environment)
+    assert [(found["type"], found["private"]) for found in PushHub.created] == [("dataset", True)]
+    assert PushHub.validated == [(built / "README.md").read_text(encoding="utf-8")]
+    uploaded = hashes(PushHub.folder)
+    assert uploaded.pop("LICENSE")
+    assert uploaded == hashes(built)
+
+    environment["HF_HOME"] = tmp_path / "another home"
+    read = json.loads(run(READ_WITHOUT_THE_PACKAGE, REPOSITORY, **environment).splitlines()[-1])
+    assert read["configs"] == [*SUBSETS, "all"] and len(read["all"]["ids"]) == 3 * ROWS
+    assert all(read[config]["same in a stream"] for config in read["configs"])

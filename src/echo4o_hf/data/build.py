@@ -43,6 +43,7 @@ def build(
     revision: str | None = None,
     max_shard_size: int | str = "500MB",
     on_error: str = "raise",
+    exclude: frozenset[str] = frozenset(),
     push_to_hub: str | None = None,
     private: bool = False,
 ) -> dict[str, int]:
@@ -56,6 +57,7 @@ def build(
         max_shard_size: a file ends with the row whose pictures bring it to this size, as in "500MB".
         on_error: "raise", or "skip" to leave out what cannot be read and log it. "skip" may continue what "raise"
             stopped.
+        exclude: ids of rows to leave out.
         push_to_hub: a repository, "you/echo-4o-image", to upload the subsets and the card to; created where there is
             none. Older Parquet files of these subsets are deleted from it.
         private: whether a repository created here is private.
@@ -82,10 +84,10 @@ def build(
         record = Record(output)
         record.check_card()
         for subset in chosen:
-            record.begin(subset, Settings(_state(source, subset), size, on_error))
+            record.begin(subset, Settings(_state(source, subset), size, on_error, _excluded(exclude)))
         for subset in chosen:
             if not record.is_complete(subset):
-                _write_subset(record, subset, readers[subset], _number_of_rows(source, subset))
+                _write_subset(record, subset, readers[subset], _number_of_rows(source, subset), exclude)
             record.name_shards(subset)
         record.write_card()
         if push_to_hub is not None:
@@ -99,14 +101,15 @@ def _reader(subset: str, source: Folder | Repository, on_error: str) -> Echo4oIm
     return Echo4oImage(config_name=subset, on_error=on_error, decode=False, **place)
 
 
-def _write_subset(record: Record, subset: str, reader: Echo4oImage, total: int) -> None:
+def _write_subset(record: Record, subset: str, reader: Echo4oImage, total: int, exclude: frozenset[str]) -> None:
     """Write the files of one subset that are not there yet."""
     rows = reader.as_streaming_dataset(split="train")
     if record.shards(subset):
         rows.load_state_dict(record.shards(subset)[-1].position)
     done = record.sizes(subset).rows
     bar = tqdm(rows, desc=f"Building {subset}", unit=" rows", initial=done, total=total)
-    stream = iter(bar) if reader.config.on_error == "skip" else _sound(bar, reader.config.max_pixels)
+    kept = (row for row in bar if row["id"] not in exclude)
+    stream = kept if reader.config.on_error == "skip" else _sound(kept, reader.config.max_pixels)
     while True:
         part = record.part(subset, len(record.shards(subset)))
         written = _write_shard(part, stream, record.settings(subset).max_shard_size)
@@ -200,6 +203,11 @@ def _checked_size(size: int | str) -> int:
     if number < 1:
         raise ValueError(f"max_shard_size must be positive, got {size!r}")
     return number
+
+
+def _excluded(ids: frozenset[str]) -> str:
+    """Tells one set of ids from another; empty for none."""
+    return digest("\n".join(sorted(ids)))[:8] if ids else ""
 
 
 def _state(source: Folder | Repository, subset: str) -> str:

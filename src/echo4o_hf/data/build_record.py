@@ -17,11 +17,12 @@ from echo4o_hf.data.layout import SUBSETS
 
 @dataclass(frozen=True)
 class Settings:
-    """What the bytes of a subset depend on: `source` tells one copy of the dataset from another."""
+    """What the bytes of a subset depend on: `source` tells copies of the dataset apart, `exclude` sets of ids."""
 
     source: str
     max_shard_size: int
     on_error: str
+    exclude: str
 
     def check_continues(self, before: Settings, subset: str, output: Path) -> None:
         """Raise a ValueError unless a build begun with `before` may go on with these settings."""
