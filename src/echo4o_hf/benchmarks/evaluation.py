@@ -187,7 +187,7 @@ def evaluate_images(
         raise ValueError(f"two items have the id {next(one for one in ids if ids.count(one) > 1)}")
     if len(images) != len(items) or not items:
         raise ValueError(f"got the pictures of {len(images)} items for {len(items)} items")
-    judges = _judges(judge, module, protocol)
+    judges = load_judges(judge, benchmark, protocol)
     text = _judge_text(module, judges, judge_text) if protocol == "official" else None
     question = _Question(
         benchmark=module,
@@ -220,19 +220,38 @@ def _picture(place: int, source: Source) -> _Picture:
         return _Picture(place, path=str(path), problem=f"no image: {error.strerror}")
 
 
-def _judges(judge: Judges, module: ModuleType, protocol: str) -> list[Judge]:
-    specs: Sequence[str | Judge] = [judge] if isinstance(judge, str) or callable(judge) else judge
-    judges = []
+def load_judges(
+    judges: Judges, benchmark: str, protocol: Protocol = "official", options: Mapping[str, Any] | None = None
+) -> list[Judge]:
+    """The judges as `evaluate_images` asks them.
+
+    In the strict protocol, endpoints are told to answer in JSON of the benchmark's schema.
+
+    Args:
+        judges: One, by name or any callable, or several.
+        benchmark: For its schema.
+        protocol: Likewise.
+        options: Keyword arguments for every judge that is given by name.
+
+    Raises:
+        JudgeStopped: a judge cannot work, such as without a key.
+        ValueError: a name or an option is unknown, or two judges are called the same.
+    """
+    specs: Sequence[str | Judge] = [judges] if isinstance(judges, str) or callable(judges) else judges
+    loaded = []
     for spec in specs:
-        options = {}
+        chosen = dict(options or {}) if isinstance(spec, str) else {}
         if protocol == "strict" and isinstance(spec, str) and spec.startswith(("openai:", "hf:")):
-            schema = {"name": f"{module.NAME}_strict", "schema": module.REPLY_SCHEMA, "strict": True}
-            options["response_format"] = {"type": "json_schema", "json_schema": schema}
-        judges.append(load_judge(spec, **options))
-    names = [judge_name(one) for one in judges]
+            schema = {"name": f"{benchmark}_strict", "schema": BENCHMARKS[benchmark].REPLY_SCHEMA, "strict": True}
+            chosen = {"response_format": {"type": "json_schema", "json_schema": schema}, **chosen}
+        try:
+            loaded.append(load_judge(spec, **chosen))
+        except TypeError as error:
+            raise ValueError(f"{spec} takes other options than {', '.join(chosen) or 'none'}: {error}") from error
+    names = [judge_name(one) for one in loaded]
     if not names or len(set(names)) < len(names):
         raise ValueError(f"judge must be one judge, or several with different names; got {names}")
-    return judges
+    return loaded
 
 
 def _judge_text(module: ModuleType, judges: Sequence[Judge], path: str | os.PathLike[str] | None) -> JudgeText:

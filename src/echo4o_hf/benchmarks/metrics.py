@@ -260,16 +260,15 @@ def install_metrics(modules_cache: str | os.PathLike[str] | None = None) -> list
     Returns:
         The files written.
     """
-    from evaluate.loading import init_dynamic_modules
-
-    root = Path(init_dynamic_modules(hf_modules_cache=modules_cache))
+    cache = Path(modules_cache or evaluate.config.HF_MODULES_CACHE)
     written = []
     for name in NAMES:
         text = script(name)
         # evaluate takes a folder named by 64 characters for a version of the script, the newest first
-        path = root / "metrics" / f"evaluate-metric--{name}" / hashlib.sha256(text.encode()).hexdigest() / f"{name}.py"
+        version = hashlib.sha256(text.encode()).hexdigest()
+        path = cache / "evaluate_modules" / "metrics" / f"evaluate-metric--{name}" / version / f"{name}.py"
         path.parent.mkdir(parents=True, exist_ok=True)
-        for folder in path.parents[:3]:
+        for folder in path.parents[:5]:  # all are packages, the cache too
             (folder / "__init__.py").touch()
         temporary = path.with_suffix(f".{os.getpid()}.tmp")
         temporary.write_text(text, encoding="utf-8")
