@@ -438,13 +438,18 @@ def test_a_foreign_report_file_and_a_file_as_output_are_refused(output: Path) ->
 
 
 KILLED = """
-import os, sys
-sys.path.insert(0, sys.argv[2])
-from test_export import make_row
+import io, os, sys
+from PIL import Image
 from echo4o_hf.data.export import export_rows
 
+picture = io.BytesIO()
+Image.new("RGB", (8, 8)).save(picture, "PNG")
+image = {"bytes": picture.getvalue(), "path": None}
+columns = {"subset": "multi_reference", "task_type": "", "category": "", "instruction": ""}
+
 def rows():
-    yield from (make_row(number, references=2) for number in range(40))
+    for number in range(40):
+        yield {"id": f"multi_reference/{number}", **columns, "input_images": [image], "output_image": image}
     os._exit(9)
 
 export_rows("bagel", rows(), sys.argv[1])
@@ -452,7 +457,7 @@ export_rows("bagel", rows(), sys.argv[1])
 
 
 def test_a_killed_export_starts_anew(output: Path) -> None:
-    command = [sys.executable, "-c", KILLED, str(output), str(Path(__file__).parent)]
+    command = [sys.executable, "-c", KILLED, str(output)]
     assert subprocess.run(command, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode == 9
     assert not output.exists()
     assert (output.parent / ".out.echo4o-export/multi_reference").is_dir()  # what it had written, under another name
