@@ -98,6 +98,16 @@ def test_what_is_no_archive_is_named(data, tmp_path):
         assert not found and len(problems) == 1 and "truncated or damaged archive" in problems[0]
 
 
+def test_a_wrong_checksum_is_named(tmp_path):
+    archive = tmp_path / "x.tar.gz"
+    write_archive(archive, FILES)
+    content = bytearray(archive.read_bytes())
+    content[-8] ^= 1
+    archive.write_bytes(content)
+    for found, problems in (in_order(archive), by_index(archive, tmp_path / "cache")):
+        assert found == PICTURES and len(problems) == 1 and "CRC check failed" in problems[0]
+
+
 def test_an_interrupted_unpacking_leaves_nothing(tmp_path, monkeypatch):
     archive = tmp_path / "x.tar.gz"
     write_archive(archive, FILES)

@@ -213,6 +213,17 @@ def test_another_ending_is_never_another_records_picture(tmp_path):
         assert [row["id"] for row in rows] == ["surreal_fantasy/00000.png"]
 
 
+def test_the_last_of_several_streams_reports_what_is_missing(tmp_path):
+    damaged(tmp_path, "missing")
+    stream = load(tmp_path, "surreal_fantasy", streaming=True)
+    assert stream.num_shards == 2
+    assert len(list(stream.shard(2, 0))) == 2  # the other archive may hold it
+    with pytest.raises(ValueError, match=NAMED["missing"]):
+        list(stream.shard(2, 1))
+    with pytest.raises(ValueError, match=NAMED["missing"]):  # known from now on, before the first row
+        load(tmp_path, "surreal_fantasy", streaming=True)
+
+
 def test_two_images_for_one_record_are_an_error(tmp_path):
     write_hub_layout(tmp_path, traps=Traps(shuffled=False, endings=False))
     first = tmp_path / SURREAL / "images" / "0-half.tar.gz"
@@ -235,6 +246,7 @@ def test_a_changed_folder_is_read_again_and_an_unchanged_one_not(tmp_path):
     first = load(tmp_path, "surreal_fantasy")
     encoded = load(tmp_path, "surreal_fantasy", decode=False)
     assert first.cache_files == encoded.cache_files and first._fingerprint != encoded._fingerprint
+    assert isinstance(encoded[0]["output_image"]["bytes"], bytes)
     metadata = tmp_path / SURREAL / "conflict.jsonl"
     metadata.write_bytes(b"".join(metadata.read_bytes().splitlines(keepends=True)[1:]))
     assert load(tmp_path, "surreal_fantasy").num_rows == first.num_rows - 1
