@@ -185,7 +185,7 @@ def _write_lines(
                 lines.write(json.dumps({**record, column: references}) + "\n")
             else:
                 rest.write(json.dumps(record) + "\n")
-        none = {column: []} if always or lines.tell() else {}
+        none: dict[str, list[str]] = {column: []} if always or lines.tell() else {}
         rest.seek(0)
         for line in rest:
             lines.write(json.dumps({**json.loads(line), **none}) + "\n")
