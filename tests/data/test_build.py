@@ -483,7 +483,7 @@ build(sys.argv[1], sys.argv[2], max_shard_size=sys.argv[3], push_to_hub=sys.argv
 """
     environment = {"HF_ENDPOINT": hub, "HF_TOKEN": "hf_token", "HF_HOME": tmp_path / "home"}
     run(script, output, source, SIZE, REPOSITORY, **environment)
-    assert [(found["type"], found["private"]) for found in PushHub.created] == [("dataset", True)]
+    assert [(found["type"], found["visibility"]) for found in PushHub.created] == [("dataset", "private")]
     assert PushHub.validated == [(built / "README.md").read_text(encoding="utf-8")]
     uploaded = hashes(PushHub.folder)
     assert uploaded.pop("LICENSE")

@@ -11,14 +11,13 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import chain
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets.arrow_writer import get_parquet_column_options
 from datasets.config import DEFAULT_CDC_OPTIONS
-from datasets.table import embed_table_storage
 from datasets.utils import tqdm
 from datasets.utils.py_utils import convert_file_size_to_int
 from filelock import FileLock
@@ -165,16 +164,19 @@ def _row_groups(rows: Iterator[dict[str, Any]], max_shard_size: int) -> Iterator
     shard_size = group_size = 0
     group: list[dict[str, Any]] = []
     for row in rows:
+        pictures = [*row["input_images"], row["output_image"]]
+        for picture in pictures:
+            picture["path"] = PurePosixPath(picture["path"]).name  # as datasets does when it embeds pictures
         group.append(row)
-        size = sum(len(picture["bytes"]) for picture in [*row["input_images"], row["output_image"]])
+        size = sum(len(picture["bytes"]) for picture in pictures)
         shard_size, group_size = shard_size + size, group_size + size
         if len(group) == ROW_GROUP_ROWS or group_size >= ROW_GROUP_BYTES or shard_size >= max_shard_size:
-            yield embed_table_storage(pa.Table.from_pylist(group, FEATURES.arrow_schema))
+            yield pa.Table.from_pylist(group, FEATURES.arrow_schema)
             group, group_size = [], 0
         if shard_size >= max_shard_size:
             return
     if group:
-        yield embed_table_storage(pa.Table.from_pylist(group, FEATURES.arrow_schema))
+        yield pa.Table.from_pylist(group, FEATURES.arrow_schema)
 
 
 def _push(output: Path, subsets: Sequence[str], repository: str) -> None:
