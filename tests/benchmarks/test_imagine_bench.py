@@ -82,8 +82,8 @@ def lines(*values: object) -> str:
         "Fantasy Fulfillment: 2\nno, once more.\n" + lines(8, 7, 9),
         lines(8, 7, 9) + "\nFantasy Fulfillment: 3\nReason: on the other ha",
         "Fantasy Fulfillment: how well is the change shown?\n" + lines(8, 7, 9),
-        "Fantasy Fulfillment: 8\nReason: a\nFantasy Fulfillment 3 would be harsh.\nIdentity Preservation: 7\n"
-        "Reason: Fantasy Fulfillment: 2, Aesthetic Quality: 1.\nAesthetic Quality: 9\nReason: 10 for light, 3",
+        "Fantasy Fulfillment: 8\nReason: a\nFantasy Fulfillment 3 would be harsh.\nFantasy Fulfillment 3, to say it.\n"
+        "Identity Preservation: 7\nReason: Fantasy Fulfillment: 2, Aesthetic Quality: 1.\nAesthetic Quality: 9\nReason: 10 for light, 3",
     ],
 )
 def test_forms_of_a_reply(reply: str) -> None:
