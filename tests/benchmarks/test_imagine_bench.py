@@ -83,7 +83,8 @@ def lines(*values: object) -> str:
         lines(8, 7, 9) + "\nFantasy Fulfillment: 3\nReason: on the other ha",
         "Fantasy Fulfillment: how well is the change shown?\n" + lines(8, 7, 9),
         "Fantasy Fulfillment: 8\nReason: a\nFantasy Fulfillment 3 would be harsh.\nFantasy Fulfillment 3, to say it.\n"
-        "Identity Preservation: 7\nReason: Fantasy Fulfillment: 2, Aesthetic Quality: 1.\nAesthetic Quality: 9\nReason: 10 for light, 3",
+        "Identity Preservation: 7\nReason: Fantasy Fulfillment: 2, Aesthetic Quality: 1.\n"
+        "Aesthetic Quality: 9\nReason: 10 for light, 3",
     ],
 )
 def test_forms_of_a_reply(reply: str) -> None:
