@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import io
+import threading
 import time
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import closing
+from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, ThreadPoolExecutor, wait
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
 from os import PathLike
@@ -149,6 +150,7 @@ class _Run:
     def __init__(self, judge: Judge, store: VerdictStore | None) -> None:
         self.judge, self.store = judge, store
         self.name, self.parameters = judge_name(judge), judge_parameters(judge)
+        self._under_way, self._ended, self._changed = 0, False, threading.Condition()
         if store is not None and self.name.endswith("<lambda>"):
             raise ValueError("a lambda has no name to store its replies under; write a function, or set its `name`")
 
@@ -178,9 +180,31 @@ class _Run:
                 yield from (future.result() for future in done)
         finally:
             executor.shutdown(wait=True, cancel_futures=True)
+            # The executor does not wait for a thread whose start Ctrl-C has interrupted.
+            with self._changed:
+                self._ended = True
+                self._changed.wait_for(lambda: self._under_way == 0)
+
+    @contextmanager
+    def call(self) -> Iterator[None]:
+        """A call that the end of the run waits for; none begins after it."""
+        with self._changed:
+            if self._ended:
+                raise CancelledError
+            self._under_way += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._under_way -= 1
+                self._changed.notify_all()
 
     def ask_one(self, task: _Task) -> tuple[str, Outcome]:
         """Ask one thing and store the reply."""
+        with self.call():
+            return self._ask_one(task)
+
+    def _ask_one(self, task: _Task) -> tuple[str, Outcome]:
         try:
             images = _decode(task.images)
             start = time.perf_counter()
