@@ -18,7 +18,6 @@ import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -31,79 +30,24 @@ from datasets.load import DatasetModule
 from huggingface_hub import is_offline_mode
 
 from .archives import digest, read_in_order, unpack, write_json
+from .config import FEATURES as FEATURES
+from .config import REPO_ID as REPO_ID
+from .config import REVISION as REVISION
+from .config import Echo4oImageConfig, features
 from .layout import SUBSETS as SUBSETS
 from .layout import Files, Picture, Pictures, container_folders, find_subsets, folders_of, wanted
-from .pictures import NamedImage, picture_problem
+from .pictures import picture_problem
 from .records import Record, read_records
 from .rows import Outputs, Reader, Row, example, locate
 from .source import Folder, Repository, open_source
 
 NAME = "echo-4o-image"
-REPO_ID = "Yejy53/Echo-4o-Image"
-REVISION = "main"
 ROWS_PER_SHARD = 1000
 SHOWN = 10  # problems in an error's message
-MODULES = {
-    "archives",
-    "builder",
-    "layout",
-    "pictures",
-    "records",
-    "rows",
-    "source",
-}  # a change makes cached files stale
+# A change of these makes cached files stale.
+MODULES = {"archives", "builder", "config", "layout", "pictures", "records", "rows", "source"}
 
-
-def features(decode: bool = True) -> datasets.Features:
-    """The columns; without `decode`, images are {"bytes", "path"} as they were encoded."""
-    text = ("id", "subset", "task_type", "category", "instruction")
-    images = {"input_images": datasets.List(NamedImage(decode=decode)), "output_image": NamedImage(decode=decode)}
-    return datasets.Features({**{name: datasets.Value("string") for name in text}, **images})
-
-
-FEATURES = features()
 logger = datasets.utils.logging.get_logger("datasets.echo_4o_image")
-
-
-@dataclass
-class Echo4oImageConfig(datasets.BuilderConfig):
-    """Options of `load_dataset`, besides its own.
-
-    Attributes:
-        repo_id: Repository on the Hub to read where no `data_dir` is given.
-        revision: Branch, tag or commit of it.
-        on_error: "raise", or "skip" to leave out what is damaged, named in the log.
-        max_pixels: Larger pictures are errors.
-        validation_fraction: Share of the rows, chosen by a hash of the id, that form `validation` instead of `train`.
-        decode: Images as pictures, or as {"bytes", "path"} with the bytes as they were encoded.
-        state: Which files are read; set by the builder, so that other files are not taken for these in the cache.
-    """
-
-    repo_id: str = REPO_ID
-    revision: str = REVISION
-    on_error: str = "raise"
-    max_pixels: int = 2**26
-    validation_fraction: float = 0.0
-    decode: bool = True
-    state: str = ""
-
-    def check(self) -> None:
-        """Raise a ValueError for an option that makes no sense."""
-        if self.name not in (*SUBSETS, "all"):
-            raise ValueError(f"name the subset: one of {', '.join(SUBSETS)}, all; got {self.name!r}")
-        if self.data_files is not None:
-            raise ValueError("data_files is not used: give the folder that holds the subsets as data_dir")
-        if self.on_error not in ("raise", "skip"):
-            raise ValueError(f"on_error must be 'raise' or 'skip', got {self.on_error!r}")
-        if self.max_pixels < 1:
-            raise ValueError(f"max_pixels must be positive, got {self.max_pixels}")
-        if not 0 <= self.validation_fraction <= 1:
-            raise ValueError(f"validation_fraction must be between 0 and 1, got {self.validation_fraction}")
-
-    def create_config_id(self, config_kwargs: dict[str, Any], custom_features: datasets.Features | None = None) -> str:
-        """The cached files do not depend on `decode`, and on the repository only through `state`."""
-        kept = {name: value for name, value in config_kwargs.items() if name not in ("decode", "repo_id", "revision")}
-        return super().create_config_id(kept, custom_features)
 
 
 class Located(NamedTuple):
