@@ -25,7 +25,9 @@ def test_import_is_light() -> None:
     assert loaded_by("import echo4o_hf") == set()
 
 
-@pytest.mark.parametrize("command", ["", "demo", "generate", "convert", "data", "data build", "data overlap"])
+@pytest.mark.parametrize(
+    "command", ["", "demo", "generate", "convert", "data", "data build", "data overlap", "evaluate", "hub metric"]
+)
 def test_help_is_light(command: str) -> None:
     code = f"""
 from echo4o_hf.cli import main

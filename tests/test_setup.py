@@ -64,7 +64,8 @@ def test_every_import_is_declared() -> None:
     outside = imported - sys.stdlib_module_names - {"echo4o_hf"}
     distributions = packages_distributions()
     names = {canonicalize_name(distributions[module][0]) for module in outside}
-    lines = [*setup_argument("install_requires"), *setup_argument("extras_require")["data"]]
+    extras = setup_argument("extras_require")
+    lines = [*setup_argument("install_requires"), *extras["data"], *extras["judges"]]
     assert names <= {canonicalize_name(Requirement(line).name) for line in lines}
 
 
