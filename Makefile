@@ -11,10 +11,10 @@ demo: .venv/.installed ## the whole journey in miniature, on a CPU, offline, int
 	.venv/bin/echo4o demo $(if $(QUICK),--quick)
 
 test: .venv/.installed ## the fast tests
-	.venv/bin/pytest
+	OMP_NUM_THREADS=1 .venv/bin/pytest -n auto --dist worksteal
 
 test-slow: .venv/.installed ## the slow tests
-	.venv/bin/pytest -m "slow and not gpu"
+	OMP_NUM_THREADS=1 .venv/bin/pytest -n auto --dist worksteal -m "slow and not gpu"
 
 check: .venv/.installed ## ruff and mypy
 	.venv/bin/ruff check

@@ -72,6 +72,7 @@ setup(
             "mypy>=2.4",
             "openai>=3.54",
             "pytest>=9.2",
+            "pytest-xdist>=3.8",
             "ruff>=0.17.6",
             "scikit-image>=0.26",
             "scikit-learn>=1.9.1",
