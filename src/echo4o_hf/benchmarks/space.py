@@ -61,13 +61,15 @@ def write_space(name: str, output: str | os.PathLike[str], push_to_hub: str | No
     folder = Path(output).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     repository = push_to_hub or folder.name
-    names = {name, folder.name, repository.rsplit("/", 1)[-1]}
-    contents = {f"{each}.py": text for each in sorted(names) if each.isidentifier() or each.replace("-", "").isalnum()}
-    contents |= {
+    contents = {
+        f"{name}.py": text,
+        f"{repository.rsplit('/', 1)[-1]}.py": text,
         "app.py": _render("app.py.jinja", name, repository),
         "README.md": _render("README.md.jinja", name, repository),
         "requirements.txt": f"echo4o-hf[judges]>={version('echo4o-hf')}\n",
     }
+    uploaded = list(contents)
+    contents[f"{folder.name}.py"] = text
     written = []
     for file, content in contents.items():
         temporary = folder / f"{file}.tmp"
@@ -81,7 +83,7 @@ def write_space(name: str, output: str | os.PathLike[str], push_to_hub: str | No
             repo_id=push_to_hub,
             repo_type="space",
             folder_path=folder,
-            allow_patterns=list(contents),
+            allow_patterns=uploaded,
             commit_message=f"Metric {name} of echo4o-hf {version('echo4o-hf')}",
         )
     return written
