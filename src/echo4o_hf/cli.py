@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import inspect
 import json
-import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from . import __version__
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
+    import torch
 
 DTYPES = ("float32", "bfloat16", "float16")
 BENCHMARKS = ("geneval_pp", "imagine_bench")
@@ -55,9 +54,22 @@ def _demo(args: argparse.Namespace) -> None:
 
 
 def _generate_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("prompt", metavar="PROMPT")
-    parser.add_argument("--model", required=True, help="folder, name on the Hub, or echo4o-miniature")
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT", help="PNG file to write")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("prompt", nargs="?", metavar="PROMPT", help="what to draw")
+    what.add_argument("--benchmark", choices=BENCHMARKS, help="draw the prompts of a benchmark's items")
+    parser.add_argument(
+        "--model",
+        required=True,
+        help="folder, name on the Hub, or echo4o-miniature; with --benchmark also any pipeline of diffusers",
+    )
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        required=True,
+        metavar="OUT",
+        help="PNG file to write; with --benchmark a folder, where what is there already stays",
+    )
     parser.add_argument(
         "--image",
         type=Path,
@@ -71,48 +83,103 @@ def _generate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image-guidance-scale", type=float, metavar="S", help="towards the reference pictures")
     parser.add_argument("--thinking", action="store_true", default=None, help="write a plan first, and print it")
     parser.add_argument("--max-think-tokens", type=int, metavar="N", help="length of the plan at most")
-    parser.add_argument(
-        "--num-images",
-        type=int,
-        default=1,
-        metavar="N",
-        help="more than one: OUT gets an index (default: %(default)s)",
-    )
+    parser.add_argument("--num-images", type=int, metavar="N", help="more than one: OUT gets an index (default: 1)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
     parser.add_argument("--device", help="default: cuda where there is one, else cpu")
     parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on cuda, else float32")
+    group = parser.add_argument_group("with --benchmark")
+    group.add_argument("--items", type=Path, metavar="FILE", help="JSON lines (default: the benchmark's own)")
+    group.add_argument("--images-per-prompt", type=int, metavar="N", help="default: 1")
+    group.add_argument("--batch-size", type=int, metavar="N", help="pictures at the same time (default: 1)")
+    group.add_argument(
+        "--pipeline-argument",
+        action="append",
+        dest="pipeline_arguments",
+        type=_name_and_value,
+        metavar="NAME=VALUE",
+        help="of the pipeline's call, such as negative_prompt=blurry; repeat it for several",
+    )
+
+
+PIPELINE_OPTIONS = (
+    "height",
+    "width",
+    "num_inference_steps",
+    "guidance_scale",
+    "image_guidance_scale",
+    "thinking",
+    "max_think_tokens",
+)
+ONLY_WITH_A_PROMPT = ("image", "num_images")
+ONLY_WITH_A_BENCHMARK = ("items", "images_per_prompt", "batch_size", "pipeline_arguments")
 
 
 def _generate(args: argparse.Namespace) -> None:
+    for name in ONLY_WITH_A_PROMPT if args.benchmark else ONLY_WITH_A_BENCHMARK:
+        if getattr(args, name) is not None:
+            option = f"--{name.removesuffix('s') if name == 'pipeline_arguments' else name}".replace("_", "-")
+            raise ValueError(f"{option} goes {'with PROMPT, not with' if args.benchmark else 'only with'} --benchmark")
+    given = {name: getattr(args, name) for name in PIPELINE_OPTIONS if getattr(args, name) is not None}
+    if args.benchmark:
+        _generate_benchmark(args, given)
+    else:
+        _generate_prompt(args, given)
+
+
+def _device_and_dtype(args: argparse.Namespace) -> tuple[torch.device, str]:
+    import torch
+
+    try:
+        device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise ValueError(f"--device {args.device!r} is not a device of torch, such as cpu, cuda or cuda:1") from error
+    return device, args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+
+
+def _generate_benchmark(args: argparse.Namespace, given: dict[str, Any]) -> None:
+    arguments = args.pipeline_arguments or []
+    for name, value in arguments:
+        if name in given:
+            raise ValueError(f"{name} is given twice: {given[name]!r} and {value!r}")
+        given[name] = value
+    from .benchmarks.items import load_items
+    from .pipeline.samples import draw_samples
+
+    items = load_items(args.benchmark, args.items)
+    key = "prompt" if args.benchmark == "geneval_pp" else "instruction"
+    device, dtype = _device_and_dtype(args)
+    new, kept = draw_samples(
+        args.model,
+        {item.get("id", place): item[key] for place, item in enumerate(items)},
+        args.output,
+        samples_per_prompt=1 if args.images_per_prompt is None else args.images_per_prompt,
+        batch_size=1 if args.batch_size is None else args.batch_size,
+        seed=args.seed,
+        arguments=given,
+        dtype=dtype,
+        device=device,
+    )
+    print(f"{new} drawn, {kept} were there already")
+    print(args.output)
+
+
+def _generate_prompt(args: argparse.Namespace, given: dict[str, Any]) -> None:
     if args.output.suffix.lower() != ".png":
         raise ValueError(f"OUT must end in .png, got {str(args.output)!r}")
     import torch
     from PIL import Image
 
     from .pipeline.pipeline_echo4o import Echo4oPipeline
+    from .pipeline.samples import save_png
 
-    try:
-        device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError as error:
-        raise ValueError(f"--device {args.device!r} is not a device of torch, such as cpu, cuda or cuda:1") from error
-    dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    device, dtype = _device_and_dtype(args)
+    number = 1 if args.num_images is None else args.num_images
     references = [Image.open(path) for path in args.image or []]
-    options = (
-        "height",
-        "width",
-        "num_inference_steps",
-        "guidance_scale",
-        "image_guidance_scale",
-        "thinking",
-        "max_think_tokens",
-    )
-    given = {name: getattr(args, name) for name in options if getattr(args, name) is not None}
-
     pipe = Echo4oPipeline.from_pretrained(args.model, dtype=getattr(torch, dtype)).to(device)
     result = pipe(
         args.prompt,
         image=references or None,
-        num_images_per_prompt=args.num_images,
+        num_images_per_prompt=number,
         generator=torch.Generator().manual_seed(args.seed),
         **given,
     )
@@ -125,29 +192,15 @@ def _generate(args: argparse.Namespace) -> None:
         "references": [str(path) for path in args.image or []],
         "model": args.model,
         "seed": args.seed,
-        **{name: given.get(name, defaults[name].default) for name in options},
+        **{name: given.get(name, defaults[name].default) for name in PIPELINE_OPTIONS},
         "dtype": dtype,
         "software": f"echo4o-hf {__version__}",
     }
     args.output.parent.mkdir(parents=True, exist_ok=True)
     for index, image in enumerate(result.images):
-        path = args.output
-        if args.num_images > 1:
-            path = path.with_stem(f"{path.stem}-{index}")
+        path = args.output if number == 1 else args.output.with_stem(f"{args.output.stem}-{index}")
         save_png(image, path, {**settings, "index": index})
         print(path)
-
-
-def save_png(image: Image, path: Path, settings: Mapping[str, object]) -> None:
-    """Write `path` in one piece, with each setting as a text chunk of the PNG."""
-    from PIL.PngImagePlugin import PngInfo
-
-    chunks = PngInfo()
-    for name, value in settings.items():
-        chunks.add_text(name, str(value))
-    temporary = path.with_name(f"{path.name}.tmp")
-    image.save(temporary, format="PNG", pnginfo=chunks)
-    os.replace(temporary, path)
 
 
 def _convert_arguments(parser: argparse.ArgumentParser) -> None:
@@ -173,7 +226,9 @@ def _source_arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument(
         "--data-dir", metavar="DIR", help="Echo-4o-Image as downloaded, as extracted, or as built; default: the Hub"
     )
-    source.add_argument("--revision", metavar="REV", help="of the Hub's repository; default: the tested one")
+    source.add_argument(
+        "--revision", metavar="REV", help="commit, tag or branch of the Hub's repository; default: main"
+    )
     parser.add_argument(
         "--on-error",
         choices=("raise", "skip"),
@@ -398,12 +453,12 @@ def _evaluate(args: argparse.Namespace) -> None:
     from .judges.judge import JudgeStopped
 
     items = load_items(args.benchmark, args.items)
-    images = find_images(args.images, items, args.numbering)
+    pictures = find_images(args.images, items, args.numbering)
     store = args.store or args.output.parent / "verdicts.sqlite"
     try:
         results = evaluate_images(
             args.benchmark,
-            images,
+            pictures,
             items,
             judge=load_judges(args.judges, args.benchmark, args.protocol, dict(args.judge_options)),
             protocol=args.protocol,
@@ -418,9 +473,9 @@ def _evaluate(args: argparse.Namespace) -> None:
     write_results(results, args.output)
     _print_scores(results)
     print(args.output)
-    if results["scores"]["num_items"] == results["scores"]["num_unscored"]:
-        why = results["items"][0]["images"][0]["verdict"]["unscored"]
-        raise ValueError(f"nothing could be judged; the first item: {why}")
+    images = [image for item in results["items"] for image in item["images"]]
+    if all(judgement["score"] is None for image in images for judgement in image["judgements"]):
+        raise ValueError(f"nothing could be judged; the first picture: {images[0]['verdict']['unscored']}")
 
 
 def _print_scores(results: Mapping[str, Any]) -> None:
@@ -442,6 +497,64 @@ def _print_scores(results: Mapping[str, Any]) -> None:
         print(f"{number} unscored: {why}")
     for deviation in results["deviations"]:
         print(f"not as published: {deviation}")
+
+
+def _report_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("results", type=Path, nargs="+", metavar="RESULTS", help="files that echo4o evaluate wrote")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="file to write")
+    parser.add_argument(
+        "--format",
+        choices=("html", "markdown", "latex", "model-index"),
+        default="html",
+        help="a page with all pictures, tables, or metadata of a model card (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--name",
+        action="append",
+        dest="names",
+        metavar="NAME",
+        help="of the model: one for all files, or one for each (default: from the files' names)",
+    )
+    parser.add_argument("--title", default="Evaluation", help="of the page (default: %(default)s)")
+
+
+def _report(args: argparse.Namespace) -> None:
+    from itertools import combinations
+
+    from .benchmarks.evaluation import BENCHMARKS, read_results
+    from .benchmarks.statistics import compare
+    from .report import model_index, report, tables
+    from .report.runs import Comparison, Run
+
+    names = _run_names(args.results, args.names)
+    runs = [Run(name, read_results(path), path.parent) for name, path in zip(names, args.results, strict=True)]
+    published = {name: module.PUBLISHED for name, module in BENCHMARKS.items()}
+    comparisons = [
+        Comparison(first, second, compare(first.results, second.results, first.results["seed"]))
+        for first, second in combinations(runs, 2)
+        if first.question == second.question and first.question[0] in BENCHMARKS
+    ]
+    if args.format == "html":
+        absent = report.write_report(runs, args.output, title=args.title, published=published, comparisons=comparisons)
+        for problem in absent[:5]:
+            print(f"not shown: {problem}", file=sys.stderr)
+        if absent[5:]:
+            print(f"{len(absent)} pictures are not shown", file=sys.stderr)
+    elif args.format == "model-index":
+        model_index.write_model_index(runs, args.output)
+    else:
+        tables.write_tables(runs, args.output, args.format, published=published, comparisons=comparisons)
+    print(args.output)
+
+
+def _run_names(paths: Sequence[Path], names: Sequence[str] | None) -> list[str]:
+    """What the report calls each file's model."""
+    if names and len(names) not in (1, len(paths)):
+        raise ValueError(f"--name was given {len(names)} times for {len(paths)} files; give it once, or for each")
+    if names:
+        return list(names) * len(paths) if len(names) == 1 else list(names)
+    stems = [path.stem for path in paths]
+    return [f"{path.resolve().parent.name}/{path.stem}" if stems.count(path.stem) > 1 else path.stem for path in paths]
 
 
 def _no_arguments(parser: argparse.ArgumentParser) -> None:
@@ -472,10 +585,11 @@ HUB_COMMANDS = (Command("metric", "the Space of a metric", _hub_metric_arguments
 
 COMMANDS = (
     Command("demo", "the whole journey in miniature, on a CPU, offline", _demo_arguments, _demo),
-    Command("generate", "pictures from a prompt, with or without references", _generate_arguments, _generate),
+    Command("generate", "pictures from a prompt, or of a benchmark's prompts", _generate_arguments, _generate),
     Command("convert", "a checkpoint from the official layout to ours, or back", _convert_arguments, _convert),
     Group("data", "Echo-4o-Image: build, describe, export, compare with benchmarks", DATA_COMMANDS),
     Command("evaluate", "pictures of a benchmark's items, judged and scored", _evaluate_arguments, _evaluate),
+    Command("report", "results as a page with all pictures, as tables, or as metadata", _report_arguments, _report),
     Command("install-metrics", "let evaluate.load find the metrics", _no_arguments, _install_metrics),
     Group("hub", "folders for the Hub", HUB_COMMANDS),
 )
@@ -518,3 +632,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("echo4o: interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+if __name__ == "__main__":  # accelerate launch -m echo4o_hf.cli
+    sys.exit(main())

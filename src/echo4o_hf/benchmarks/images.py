@@ -144,8 +144,10 @@ def _places(
         readings = {numbering: readings[numbering]}
     fitting = {name: places for name, places in readings.items() if numbers <= places.keys()}
     if not fitting:
-        last = max(numbers)
-        raise ValueError(f"{folder}: there is no item {last}; the {len(items)} items are not those of these pictures")
+        beyond = min((numbers - places.keys() for places in readings.values()), key=len)
+        raise ValueError(
+            f"{folder}: there is no item {min(beyond)}; the {len(items)} items are not those of these pictures"
+        )
     kept = [{number: places[number] for number in numbers} for places in fitting.values()]
     if any(reading != kept[0] for reading in kept):
         raise ValueError(
