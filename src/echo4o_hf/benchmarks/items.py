@@ -185,7 +185,7 @@ def official_text(name: str, path: str | os.PathLike[str] | None = None) -> Judg
         OSError: the pinned file is neither here nor to be had, or `path` cannot be read.
     """
     _check_name(name)
-    instead = f"official_text({name!r}, path=...), use protocol='strict'"
+    instead = f"judge_text=... (--judge-text, official_text({name!r}, path=...)), use protocol='strict'"
     source = Path(path) if path is not None else pinned_path(JUDGE_TEXTS[name], instead)
     try:
         tree = ast.parse(source.read_bytes())
