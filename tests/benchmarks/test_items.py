@@ -58,7 +58,7 @@ def test_offline_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path))
     with pytest.raises(OSError, match=r"offline mode.*load_items\('imagine_bench', path=\.\.\.\) or --items"):
         load_items("imagine_bench")
-    with pytest.raises(OSError, match=r"path=\.\.\.\), use protocol='strict'"):
+    with pytest.raises(OSError, match=r"--judge-text, .*path=\.\.\.\)\), use protocol='strict'"):
         official_text("imagine_bench")
 
 
