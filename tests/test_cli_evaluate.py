@@ -62,6 +62,10 @@ def test_evaluate_exits_with_2_where_nothing_could_be_judged(shapes: Path, capsy
     assert evaluate(shapes, judge=f"scripted:{shapes / 'refusal.jsonl'}") == 2
     assert "echo4o: error: nothing could be judged; the first picture: the judge refused" in capsys.readouterr().err
     assert read_results(shapes / "results.json")["scores"]["geneval_pp"] is None
+    prompt = json.loads((shapes / "items.jsonl").read_text().splitlines()[0])["prompt"]
+    with (shapes / "refusal.jsonl").open("a") as file:
+        file.write(json.dumps({"prompt": prompt, "reply": '{"correct": 1}'}))
+    assert evaluate(shapes, judge=f"scripted:{shapes / 'refusal.jsonl'}") == 0
 
 
 @pytest.mark.parametrize(
