@@ -521,14 +521,14 @@ def _report_arguments(parser: argparse.ArgumentParser) -> None:
 def _report(args: argparse.Namespace) -> None:
     from itertools import combinations
 
-    from .benchmarks.evaluation import BENCHMARKS, read_results
+    from .benchmarks.evaluation import BENCHMARKS, ITEMS_SHA256, read_results
     from .benchmarks.statistics import compare
     from .report import model_index, report, tables
     from .report.runs import Comparison, Run
 
     names = _run_names(args.results, args.names)
     runs = [Run(name, read_results(path), path.parent) for name, path in zip(names, args.results, strict=True)]
-    published = {name: module.PUBLISHED for name, module in BENCHMARKS.items()}
+    published = {(name, "official", ITEMS_SHA256[name]): module.PUBLISHED for name, module in BENCHMARKS.items()}
     comparisons = [
         Comparison(first, second, compare(first.results, second.results, first.results["seed"]))
         for first, second in combinations(runs, 2)

@@ -2,6 +2,7 @@ import json
 
 import pytest
 
+from echo4o_hf.benchmarks.results import read_results
 from echo4o_hf.miniature import demo, training
 from echo4o_hf.miniature.items import TAGS
 from echo4o_hf.pipeline.pipeline_echo4o import Echo4oPipeline
@@ -17,9 +18,11 @@ def tiny(monkeypatch):
 def test_the_journey_leaves_a_report_and_goes_on_where_it_was(tiny, tmp_path, capsys, monkeypatch):
     output = tmp_path / "demo"
     results = demo.run_demo(output, quick=True, control=True)
-    assert [run["name"] for run in results["runs"]] == ["bagel-miniature", "fine-tuned", "control", "echo4o-miniature"]
-    assert all(run["num_items"] == 7 and set(run["per_tag"]) == set(TAGS) for run in results["runs"])
+    assert list(results["runs"]) == ["bagel-miniature", "fine-tuned", "control", "echo4o-miniature"]
+    assert all(run["num_items"] == 7 and set(run["per_tag"]) == set(TAGS) for run in results["runs"].values())
     assert json.loads((output / "results.json").read_text()) == results
+    scored = read_results(output / "control.scores.json")
+    assert scored["benchmark"] == "shapes_140" and scored["scores"] == results["runs"]["control"]
     page = (output / "report.html").read_text()
     assert (
         page.count("data:image/png;base64,") >= 28 and "NaN" not in (output / "fine-tuned.training.json").read_text()

@@ -6,18 +6,19 @@ import json
 import os
 import shutil
 import time
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
+from echo4o_hf.benchmarks.results import SCHEMA_VERSION
 from echo4o_hf.miniature.items import SCORE_NAME, TAGS, load_items
-from echo4o_hf.miniature.scoring import draw_and_score
+from echo4o_hf.miniature.scoring import BENCHMARK, draw_and_score
 from echo4o_hf.miniature.training import make_examples, train
 from echo4o_hf.pipeline.pipeline_echo4o import Echo4oPipeline
 from echo4o_hf.report.report import write_report
+from echo4o_hf.report.runs import Run
 
 BASE, SHIPPED = "bagel-miniature", "echo4o-miniature"
 TUNED, CONTROL = "fine-tuned", "control"
@@ -38,10 +39,10 @@ def run_demo(output: Path, quick: bool = False, seed: int = 0, control: bool = F
         control: Also train the same steps on the base's noisy captions.
 
     Returns:
-        The results, in the report's schema.
+        `runs`, the scores by the name of the run; `losses`; and `seconds`, of each stage.
     """
     size = QUICK if quick else FULL
-    _start_over_if_changed(output, {**size, "seed": seed, "control": control})
+    _start_over_if_changed(output, {**size, "seed": seed, "control": control, "schema_version": SCHEMA_VERSION})
     clock = time.monotonic()
     journey = _Journey(output, size, seed)
     runs = [journey.scored(BASE, BASE)]
@@ -52,15 +53,18 @@ def run_demo(output: Path, quick: bool = False, seed: int = 0, control: bool = F
         runs.append(journey.scored(CONTROL, str(output / CONTROL)))
     runs.append(journey.scored(SHIPPED, SHIPPED))
     results = {
-        "title": f"Echo-4o in miniature: {SCORE_NAME}",
-        "created": datetime.now().isoformat(" ", "minutes"),
         "seconds": journey.seconds,
-        "tags": list(TAGS),
-        "runs": runs,
+        "runs": {run.name: run.results["scores"] for run in runs},
         "losses": journey.losses,
     }
     _write_json(output / "results.json", results)
-    write_report(results, output / "report.html")
+    write_report(
+        runs,
+        output / "report.html",
+        title=f"Echo-4o in miniature: {SCORE_NAME}",
+        losses=journey.losses,
+        seconds=journey.seconds,
+    )
     print(_table(runs))
     print(f"{time.monotonic() - clock:.0f} s; the pictures are in {output / 'report.html'}")
     return results
@@ -75,20 +79,19 @@ class _Journey:
         self.seconds: dict[str, float] = {}
         self.losses: list[dict[str, Any]] = []
 
-    def scored(self, name: str, model: str) -> dict[str, Any]:
+    def scored(self, name: str, model: str) -> Run:
         """Draw and judge with a model."""
         file = self.output / f"{name}.scores.json"
         if not file.exists():
             start = time.monotonic()
             with tqdm(total=len(self.items), desc=f"{name}: pictures", unit="picture") as bar:
-                run = draw_and_score(
+                results = draw_and_score(
                     _load(model), self.items, self.output, name, self.seed, lambda n: bar.update(n) and None
                 )
-            _write_json(file, {"run": run, "seconds": time.monotonic() - start})
-        stage = json.loads(file.read_text())
-        self.seconds[f"{name}: pictures"] = stage["seconds"]
-        run = dict(stage["run"])
-        return run
+            _write_json(file, {**results, "seconds": time.monotonic() - start})
+        results = json.loads(file.read_text())
+        self.seconds[f"{name}: pictures"] = results["seconds"]
+        return Run(name, results, self.output)
 
     def fine_tuned(self, name: str, noisy: bool) -> None:
         """Fine-tune the base and save it as a pipeline of its own."""
@@ -150,8 +153,9 @@ def _write_json(file: Path, content: Any) -> None:
     os.replace(partial, file)
 
 
-def _table(runs: list[dict[str, Any]]) -> str:
-    head = f"{SCORE_NAME:26}" + "".join(f"{run['name']:>18}" for run in runs)
-    lines = [f"{tag:26}" + "".join(f"{run['per_tag'][tag]:18.2f}" for run in runs) for tag in TAGS]
-    total = f"{'score':26}" + "".join(f"{run['score']:18.3f}" for run in runs)
+def _table(runs: list[Run]) -> str:
+    scores = [run.results["scores"] for run in runs]
+    head = f"{SCORE_NAME:26}" + "".join(f"{run.name:>18}" for run in runs)
+    lines = [f"{tag:26}" + "".join(f"{one['per_tag'][tag]:18.2f}" for one in scores) for tag in TAGS]
+    total = f"{'score':26}" + "".join(f"{one[BENCHMARK]:18.3f}" for one in scores)
     return "\n".join([head, *lines, total])

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from scipy.stats import binomtest
 
-from echo4o_hf.miniature.items import TAGS, Item
+from echo4o_hf.benchmarks import geneval_pp
+from echo4o_hf.benchmarks.items import items_sha256
+from echo4o_hf.benchmarks.results import SCHEMA_VERSION
+from echo4o_hf.benchmarks.verdict import Verdict
+from echo4o_hf.miniature.items import Item
 from echo4o_hf.miniature.judge import verdict
 from echo4o_hf.pipeline.pipeline_echo4o import Echo4oPipeline
 
 BATCH_SIZE = 35
 STEPS = 20
 GUIDANCE_SCALE = 3.0
+BENCHMARK = "shapes_140"  # in results
 
 
 def draw_and_score(
@@ -27,7 +35,7 @@ def draw_and_score(
     seed: int = 0,
     on_picture: Callable[[int], None] = lambda count: None,
 ) -> dict[str, Any]:
-    """One picture per item, saved below `folder`, and the score as `report` shows it.
+    """One picture per item, saved below `folder`, and the results as `echo4o evaluate` gives them.
 
     Args:
         pipeline: Draws.
@@ -38,12 +46,12 @@ def draw_and_score(
         on_picture: Called with the number of pictures that were just drawn.
 
     Returns:
-        `name`, `score` (mean of the tags' scores), `per_tag`, `num_items`, `confidence_interval` (Wilson, 95 %) and
-        `items`, with paths relative to `folder`.
+        Results of the benchmark `shapes_140`, with paths relative to `folder`.
     """
     pipeline.set_progress_bar_config(disable=True)
     (folder / name).mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
+    verdicts: list[Verdict] = []
     for start in range(0, len(items), BATCH_SIZE):
         batch = items[start : start + BATCH_SIZE]
         generators = [torch.Generator().manual_seed(seed * 1000 + start + index) for index in range(len(batch))]
@@ -60,22 +68,44 @@ def draw_and_score(
             picture.save(partial, "PNG")
             os.replace(partial, folder / path)
             judged = verdict(item, picture)
-            row = {"prompt": item.prompt, "tag": item.tag, "image": path.as_posix()}
-            rows.append({**row, "correct": judged.correct, "reason": judged.reason})
+            verdicts.append(Verdict(float(judged.correct), judged.reason))
+            sha256 = hashlib.sha256((folder / path).read_bytes()).hexdigest()
+            image = {"path": path.as_posix(), "sha256": sha256, "verdict": asdict(verdicts[-1]), "judgements": []}
+            rows.append(_row(len(rows), item, image))
         on_picture(len(batch))
-    return {"name": name, **_score(rows), "items": rows}
+    return _results(rows, verdicts, seed)
 
 
-def _score(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    per_tag: dict[str, float] = {}
-    for tag in TAGS:
-        correct = [row["correct"] for row in rows if row["tag"] == tag]
-        if correct:
-            per_tag[tag] = sum(correct) / len(correct)
-    interval = binomtest(sum(row["correct"] for row in rows), len(rows)).proportion_ci(method="wilson")
+def _row(place: int, item: Item, image: dict[str, Any]) -> dict[str, Any]:
     return {
-        "score": sum(per_tag.values()) / len(per_tag),
-        "per_tag": per_tag,
-        "num_items": len(rows),
-        "confidence_interval": [interval.low, interval.high],
+        "id": place,
+        "group": item.tag,
+        "prompt": item.prompt,
+        "item": {"tag": item.tag, "prompt": item.prompt},
+        "checklist": None,
+        "images": [image],
+    }
+
+
+def _results(rows: list[dict[str, Any]], verdicts: list[Verdict], seed: int) -> dict[str, Any]:
+    """Results in the schema of `echo4o evaluate`; the arithmetic is GenEval++'s, as the tags are."""
+    items = [row["item"] for row in rows]
+    scores = geneval_pp.summarize([(item, [one]) for item, one in zip(items, verdicts, strict=True)])
+    usage = {"calls": len(rows), "from_store": 0, "input_tokens": None, "output_tokens": None, "failures": 0}
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "benchmark": BENCHMARK,
+        "protocol": "official",
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "seed": seed,
+        "software": {"echo4o-hf": version("echo4o-hf")},
+        "items_sha256": items_sha256(items),
+        "repeats": 1,
+        "deviations": [],
+        "judges": [{"name": "shapes", "parameters": {}, **usage}],
+        "scores": {BENCHMARK: scores.pop(geneval_pp.NAME), **scores},
+        "per_judge": {},
+        "agreement": None,
+        "self_agreement": None,
+        "items": rows,
     }

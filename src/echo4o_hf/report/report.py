@@ -1,181 +1,197 @@
-"""Results to one self-contained HTML page: scores, pictures with verdicts, loss curves, times.
+"""Results to one self-contained HTML page: scores, comparisons, agreement, and every picture with its verdict.
 
-The results hold nothing but JSON; every key is required:
-
-    {
-      "title": "Demo", "created": "2026-11-21 18:00", "seconds": {"fine-tuning": 181.5},
-      "tags": ["counting", "color_attr"],                       # in the order of the table
-      "runs": [{
-        "name": "bagel-miniature",
-        "score": 0.31, "per_tag": {"counting": 0.35, "color_attr": null},          # null: unscored
-        "num_items": 140, "confidence_interval": [0.24, 0.39],                      # or null
-        "items": [{"prompt": "two red circles", "tag": "counting",
-                   "image": "images/0.png",                     # below the folder of the results
-                   "correct": true, "reason": "one circle"}]    # true | false | null: unscored
-      }],
-      "losses": [{"name": "fine-tuning", "steps": [0, 10], "values": [0.9, 0.7]}]
-    }
+The page loads nothing: pictures are thumbnails inside it, and its only script, which filters the gallery, and its
+style are allowed by their hashes. Whatever comes from results stays text.
 """
 
 from __future__ import annotations
 
 import base64
-import io
-import math
+import hashlib
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from PIL import Image
+from jinja2 import Environment, PackageLoader, StrictUndefined, UndefinedError
+from markupsafe import Markup
 
-THUMBNAIL = 512  # pixels: larger pictures are scaled down to this
-CHART = {"width": 640, "height": 270, "left": 52, "right": 12, "top": 12, "bottom": 46}  # SVG units
+from echo4o_hf.report.chart import chart
+from echo4o_hf.report.pictures import Thumbnail, thumbnail
+from echo4o_hf.report.runs import Comparison, Published, Run, Section, sections, state, visible
 
-_KEYS = {
-    "results": ("title", "created", "seconds", "tags", "runs", "losses"),
-    "run": ("name", "score", "per_tag", "num_items", "confidence_interval", "items"),
-    "item": ("prompt", "tag", "image", "correct", "reason"),
-    "loss": ("name", "steps", "values"),
-}
+SIDES = {400: 512, 10**9: 320}  # up to so many pictures: pixels of a thumbnail's longer side
+LONGEST = 4000  # characters of a reply that are shown
+FAR = {1.0: 0.5, 10.0: 3.0}  # by the highest score: scores that are as far apart are said to differ
 
 
-def write_report(results: Mapping[str, Any], output: Path, folder: Path | None = None) -> None:
-    """Write the page, pictures included, to `output`.
+def write_report(
+    runs: Sequence[Run],
+    output: Path,
+    *,
+    title: str,
+    published: Published | None = None,
+    comparisons: Sequence[Comparison] = (),
+    losses: Sequence[Mapping[str, Any]] = (),
+    seconds: Mapping[str, float] | None = None,
+) -> list[str]:
+    """Write the page.
 
     Args:
-        results: as in the module's docstring.
-        output: the HTML file.
-        folder: where the picture paths start, that is the folder of results.json; by default that of `output`.
+        runs: Those with the same benchmark, protocol and items stand side by side.
+        output: The HTML file.
+        title: Of the page.
+        published: Rows of the literature, by the questions that they answer.
+        comparisons: Of pairs of `runs`.
+        losses: Curves, as {"name", "steps", "values"}.
+        seconds: What took how long.
+
+    Returns:
+        Why pictures are not shown, one text for each such picture that was judged.
 
     Raises:
-        ValueError: the results do not fit their schema, or name a picture outside `folder`.
-        OSError: a picture is missing or does not decode.
+        ValueError: the runs do not fit together, or do not fit their schema.
+        OSError: the page cannot be written.
     """
-    check_results(results)
+    parts = sections(runs, published, comparisons)
     environment = Environment(
         loader=PackageLoader("echo4o_hf.report", ""),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        finalize=lambda value: visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value,
     )
-    environment.filters["score"] = _format_score
-    page = environment.get_template("report.html.jinja").render(
-        results=results,
-        unscored=[sum(item["correct"] is None for item in run["items"]) for run in results["runs"]],
-        cards=_cards(results, output.parent if folder is None else folder),
-        chart=_chart(results["losses"]) if results["losses"] else None,
-    )
+    environment.filters["shorten"] = _shorten
+    try:
+        galleries = _galleries(parts)
+        page = environment.get_template("report.html.jinja").render(
+            title=title,
+            sections=[(section, _ranking(section), cards) for section, cards in zip(parts, galleries, strict=True)],
+            counts=[Counter(name for card in cards for name in card["states"]) for cards in galleries],
+            unscored=[_unscored(section, cards) for section, cards in zip(parts, galleries, strict=True)],
+            chart=chart(losses) if losses else None,
+            seconds=seconds or {},
+            **_inline(environment),
+        )
+    except (KeyError, TypeError, UndefinedError) as error:
+        raise ValueError(f"the results do not fit their schema: {error!r}") from error
     output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_name(f"{output.name}.tmp")
+    temporary = output.with_name(f"{output.name}.{os.getpid()}.tmp")
     temporary.write_text(page, encoding="utf-8")
     os.replace(temporary, output)
+    return [
+        image["thumbnail"].problem
+        for cards in galleries
+        for card in cards
+        for entry in card["entries"]
+        for image in entry["images"]
+        if image["thumbnail"].problem and image["sha256"] is not None
+    ]
 
 
-def check_results(results: Mapping[str, Any]) -> None:
-    """Compare results with the schema in the module's docstring.
-
-    Raises:
-        ValueError: names the place and what is wrong there.
-    """
-    _require(results, "results", "the results")
-    for r, run in enumerate(results["runs"]):
-        _require(run, "run", f"runs[{r}]")
-        for tag in run["per_tag"]:
-            _check_tag(tag, results["tags"], f"runs[{r}].per_tag")
-        for i, item in enumerate(run["items"]):
-            _require(item, "item", f"runs[{r}].items[{i}]")
-            _check_tag(item["tag"], results["tags"], f"runs[{r}].items[{i}].tag")
-            if item["correct"] not in (True, False, None):
-                raise ValueError(f"runs[{r}].items[{i}].correct must be true, false or null, got {item['correct']!r}")
-    for n, loss in enumerate(results["losses"]):
-        _require(loss, "loss", f"losses[{n}]")
-        if not loss["steps"] or len(loss["steps"]) != len(loss["values"]):
-            raise ValueError(f"losses[{n}] has {len(loss['steps'])} steps and {len(loss['values'])} values")
-        if not all(map(math.isfinite, loss["values"])):
-            raise ValueError(f"losses[{n}].values must be finite")
+def _inline(environment: Environment) -> dict[str, Markup]:
+    """Style and script, and the policy that allows them by their hashes and nothing else but inline pictures."""
+    texts = {name: environment.get_template(f"{name}.jinja").render() for name in ("style.css", "filter.js")}
+    hashes = {
+        name: base64.b64encode(hashlib.sha256(text.encode("utf-8")).digest()).decode("ascii")
+        for name, text in texts.items()
+    }
+    policy = (
+        f"default-src 'none'; img-src data:; style-src 'sha256-{hashes['style.css']}'; "
+        f"script-src 'sha256-{hashes['filter.js']}'; base-uri 'none'; form-action 'none'"
+    )
+    return {"style": Markup(texts["style.css"]), "script": Markup(texts["filter.js"]), "policy": Markup(policy)}
 
 
-def _require(part: Mapping[str, Any], kind: str, where: str) -> None:
-    if missing := [key for key in _KEYS[kind] if key not in part]:
-        raise ValueError(f"{where} must have {', '.join(map(repr, missing))}")
+def _ranking(section: Section) -> list[Any]:
+    """All rows, the best first, those without a score last."""
+    rows = [*section.rows, *section.published]
+    return sorted(rows, key=lambda row: -1.0 if row.overall.value is None else row.overall.value, reverse=True)
 
 
-def _check_tag(tag: str, tags: Sequence[str], where: str) -> None:
-    if tag not in tags:
-        raise ValueError(f"{where} has {tag!r}, which is not one of the tags {list(tags)}")
+def _galleries(parts: Sequence[Section]) -> list[list[dict[str, Any]]]:
+    """Of each section a card for each item, with the pictures of all runs."""
+    pictures = [
+        (image, run.folder)
+        for section in parts
+        for run in section.runs
+        for item in run.results["items"]
+        for image in item["images"]
+    ]
+    side = next(side for most, side in SIDES.items() if len(pictures) <= most)
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        thumbnails = list(threads.map(lambda picture: thumbnail(picture[0], picture[1], side), pictures))
+    of_image = {id(image): found for (image, _), found in zip(pictures, thumbnails, strict=True)}
+    return [_cards(section, of_image) for section in parts]
 
 
-def _format_score(score: float | None) -> str:
-    return "–" if score is None else f"{score:.3f}"
-
-
-def _cards(results: Mapping[str, Any], folder: Path) -> dict[str, dict[str, list[dict[str, Any]]]]:
-    """Tag -> prompt -> the pictures of all runs, each with its run's name."""
-    cards: dict[str, dict[str, list[dict[str, Any]]]] = {tag: {} for tag in results["tags"]}
-    for run in results["runs"]:
-        for item in run["items"]:
-            picture = {**item, "run": run["name"], **_embed(item["image"], folder)}
-            cards[item["tag"]].setdefault(item["prompt"], []).append(picture)
+def _cards(section: Section, thumbnails: Mapping[int, Thumbnail]) -> list[dict[str, Any]]:
+    by_id = [{item["id"]: item for item in run.results["items"]} for run in section.runs]
+    cards = []
+    for name, item in by_id[0].items():
+        entries = [
+            {
+                "run": place,
+                "name": run.name,
+                "images": [_image(section, image, thumbnails[id(image)]) for image in items[name]["images"]],
+            }
+            for place, (run, items) in enumerate(zip(section.runs, by_id, strict=True))
+        ]
+        cards.append(
+            {
+                "id": name,
+                "group": item["group"],
+                "prompt": item["prompt"],
+                "checklist": item["checklist"] or item["item"].get("note"),
+                "entries": entries,
+                "states": _states(section, entries),
+            }
+        )
     return cards
 
 
-def _embed(name: str, folder: Path) -> dict[str, Any]:
-    """A picture as a PNG data URL, with its size in pixels."""
-    path = (folder / name).resolve()
-    if not path.is_relative_to(folder.resolve()):
-        raise ValueError(f"picture {name!r} lies outside {str(folder)!r}")
-    try:
-        with Image.open(path) as file:
-            image = file.convert("RGB")
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"picture {name!r} of the results is not in {str(folder)!r}") from error
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise OSError(f"picture {str(path)!r} does not decode: {error}") from error
-    image.thumbnail((THUMBNAIL, THUMBNAIL))
-    png = io.BytesIO()
-    image.save(png, format="PNG", optimize=True)
-    url = f"data:image/png;base64,{base64.b64encode(png.getvalue()).decode('ascii')}"
-    return {"url": url, "width": image.width, "height": image.height}
+def _image(section: Section, image: Mapping[str, Any], found: Thumbnail) -> dict[str, Any]:
+    return {**image, "thumbnail": found, "state": state(section, image["verdict"]["score"])}
 
 
-def _chart(losses: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Where the template draws the axes' ticks and each loss's line, in SVG units."""
-    x_low, x_high = _range([step for loss in losses for step in loss["steps"]])
-    y_low, y_high = _range([value for loss in losses for value in loss["values"]])
-    plot_width = CHART["width"] - CHART["left"] - CHART["right"]
-    plot_height = CHART["height"] - CHART["top"] - CHART["bottom"]
-
-    def x(step: float) -> float:
-        return round(CHART["left"] + (step - x_low) / (x_high - x_low) * plot_width, 1)
-
-    def y(value: float) -> float:
-        return round(CHART["top"] + (y_high - value) / (y_high - y_low) * plot_height, 1)
-
-    lines = [
-        {
-            "name": loss["name"],
-            "points": " ".join(
-                f"{x(step)},{y(value)}" for step, value in zip(loss["steps"], loss["values"], strict=True)
-            ),
-        }
-        for loss in losses
-    ]
-    x_ticks = [{"at": x(step), "label": f"{step:g}"} for step in _ticks(x_low, x_high)]
-    y_ticks = [{"at": y(value), "label": f"{value:g}"} for value in _ticks(y_low, y_high)]
-    return {**CHART, "lines": lines, "x_ticks": x_ticks, "y_ticks": y_ticks}
+def _states(section: Section, entries: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What the gallery's filter finds a card by."""
+    images = [image for entry in entries for image in entry["images"]]
+    states = list(dict.fromkeys(image["state"] for image in images))
+    means = [_mean([image["verdict"]["score"] for image in entry["images"]]) for entry in entries]
+    of_judges = [[judgement["score"] for judgement in image["judgements"]] for image in images]
+    if _differ(section, means):
+        states.append("models")
+    if any(_differ(section, scores) for scores in of_judges):
+        states.append("judges")
+    return states
 
 
-def _range(values: Sequence[float]) -> tuple[float, float]:
-    low, high = min(values), max(values)
-    return (low, high) if low < high else (low - 0.5, high + 0.5)
+def _mean(scores: Sequence[float | None]) -> float | None:
+    known = [score for score in scores if score is not None]
+    return sum(known) / len(known) if known else None
 
 
-def _ticks(low: float, high: float) -> list[float]:
-    """The multiples of 1, 2 or 5 times a power of ten in the range: two to six of them."""
-    power = 10 ** math.floor(math.log10(high - low))
-    unit = next(unit for unit in (0.2 * power, 0.5 * power, power, 2 * power) if (high - low) / unit <= 5)
-    first, last = math.ceil(low / unit), math.floor(high / unit)
-    return [round(n * unit, 12) for n in range(first, last + 1)]
+def _differ(section: Section, scores: Sequence[float | None]) -> bool:
+    known = [score for score in scores if score is not None]
+    return len(known) > 1 and max(known) - min(known) >= FAR[section.maximum]
+
+
+def _unscored(section: Section, cards: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, list[Any]]]:
+    """Run, why there is no score, and the ids of the items, the most frequent first."""
+    found: dict[tuple[str, str], list[Any]] = {}
+    for card in cards:
+        for entry in card["entries"]:
+            for why in dict.fromkeys(image["verdict"]["unscored"] for image in entry["images"]):
+                if why is not None:
+                    found.setdefault((entry["name"], why), []).append(card["id"])
+    return [(name, why, ids) for (name, why), ids in sorted(found.items(), key=lambda pair: -len(pair[1]))]
+
+
+def _shorten(text: str) -> str:
+    if len(text) <= LONGEST:
+        return text
+    return f"{text[:LONGEST]} … and {len(text) - LONGEST} more characters"
