@@ -231,6 +231,16 @@ def test_data_mistakes_are_one_line_and_exit_code_2(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("command", [["build", "out"], ["stats"], ["export", "jsonl", "out"]])
+def test_data_without_network(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["data", *command]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("echo4o: error: ") and "give a copy as data_dir" in line
+
+
 def test_data_names_the_broken_record(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -392,7 +392,7 @@ def test_no_rows_are_an_error(format: str, output: Path) -> None:
 def test_an_export_is_replaced_as_a_whole_only_when_asked(format: str, output: Path) -> None:
     export_rows(format, HOSTILE[:2], output)
     before = hashes(output.parent)
-    with pytest.raises(FileExistsError, match="holds an export already; set overwrite"):
+    with pytest.raises(FileExistsError, match="holds an export already; overwrite"):
         export_rows(format, HOSTILE[:1], output)
     assert hashes(output.parent) == before
     export_rows(format, HOSTILE[:1], output, overwrite=True)

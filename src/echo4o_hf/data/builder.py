@@ -319,8 +319,10 @@ def read_table(source: Source, path: str, problems: list[str]) -> Iterator[dict[
             missing = [name for name in FEATURES if name not in table.schema_arrow.names]
             if missing:
                 raise pa.ArrowInvalid(f"no column {', '.join(missing)}")
-            for batch in table.iter_batches(batch_size=Echo4oImage.DEFAULT_WRITER_BATCH_SIZE, columns=list(FEATURES)):
-                yield from batch.to_pylist()
+            size, columns = Echo4oImage.DEFAULT_WRITER_BATCH_SIZE, list(FEATURES)
+            for group in range(table.num_row_groups):  # one by one, or all of the file would stay in memory to its end
+                for batch in table.iter_batches(size, row_groups=[group], columns=columns):
+                    yield from batch.to_pylist()
     except pa.ArrowException as error:
         problems.append(f"{path}: not one of our Parquet files ({error})")
 

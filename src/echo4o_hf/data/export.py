@@ -244,7 +244,7 @@ def _refuse_foreign(output: Path, overwrite: bool) -> None:
     if foreign:
         raise FileExistsError(f"{output} holds files that no export wrote ({', '.join(foreign[:3])}); name another")
     if not overwrite:
-        raise FileExistsError(f"{output} holds an export already; set overwrite to replace it")
+        raise FileExistsError(f"{output} holds an export already; overwrite (--overwrite) replaces it")
 
 
 def _earlier_entries(path: Path) -> set[str]:

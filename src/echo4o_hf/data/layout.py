@@ -164,13 +164,14 @@ class Pictures:
 
     def __init__(self) -> None:
         self._by_stem: dict[str, list[tuple[frozenset[str], Picture]]] = defaultdict(list)
+        self._folders: dict[frozenset[str], frozenset[str]] = {}  # one of each: equal ones of all pictures take memory
 
     def __len__(self) -> int:
         return sum(map(len, self._by_stem.values()))
 
     def add(self, folders: frozenset[str], picture: Picture) -> None:
         """Add a picture that lies below `folders`."""
-        self._by_stem[stem(picture.name)].append((folders, picture))
+        self._by_stem[stem(picture.name)].append((self._folders.setdefault(folders, folders), picture))
 
     def add_names(self, members: Mapping[str, Iterable[str] | None]) -> None:
         """Add the pictures in archives of which only the names are known."""

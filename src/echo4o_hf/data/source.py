@@ -11,6 +11,7 @@ from typing import IO
 import huggingface_hub
 from datasets import DownloadConfig
 from datasets.utils.file_utils import xopen
+from huggingface_hub.errors import RevisionResolutionError
 
 from .archives import digest
 from .layout import find_subsets, folder_patterns
@@ -119,9 +120,16 @@ class Repository:
 
 
 def open_source(data_dir: str | None, repo_id: str, revision: str, token: str | bool | None) -> Folder | Repository:
-    """The folder `data_dir`, or the repository at the commit that `revision` means now, offline meant last."""
+    """The folder `data_dir`, or the repository at the commit that `revision` means now, offline meant last.
+
+    Raises:
+        OSError: the Hub does not answer, and the commit is not known from before.
+    """
     if data_dir is not None:
         return Folder(data_dir)
     api = huggingface_hub.HfApi(token=token)
-    commit = api.resolve_revision(repo_id, repo_type="dataset", revision=revision)
+    try:
+        commit = api.resolve_revision(repo_id, repo_type="dataset", revision=revision)
+    except RevisionResolutionError as error:
+        raise OSError(f"{error} Without network, give a copy as data_dir.") from error
     return Repository(repo_id, commit.resolved, token)
