@@ -272,3 +272,57 @@ def test_data_options_that_make_no_sense(
         main(["data", *arguments])
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
+
+
+ITEMS = [
+    {"tag": "counting", "prompt": "two red circles", "include": [{"class": "circle", "count": 2, "color": "red"}]},
+    {"tag": "color_attr", "prompt": "a blue star", "include": [{"class": "star", "count": 1, "color": "blue"}]},
+]
+
+
+def generate_benchmark(folder: Path, *options: str) -> int:
+    items = folder / "items.jsonl"
+    items.write_text("".join(json.dumps(item) + "\n" for item in ITEMS), encoding="utf-8")
+    arguments = ["--model", MODEL, "--benchmark", "geneval_pp", "--items", str(items), "-o", str(folder / "out")]
+    return main(["generate", *arguments, "--steps", "2", *options])
+
+
+def test_generate_a_benchmark_and_evaluate_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--images-per-prompt", "2", "--batch-size", "3", "--pipeline-argument", "guidance_interval=[0.1, 0.9]"]
+    assert generate_benchmark(tmp_path, *options) == 0
+    assert capsys.readouterr().out == f"4 drawn, 0 were there already\n{tmp_path / 'out'}\n"
+    lines = [json.loads(line) for line in (tmp_path / "out" / "metadata.jsonl").read_text().splitlines()]
+    assert [line["file_name"] for line in lines] == ["0_0.png", "0_1.png", "1_0.png", "1_1.png"]
+    assert lines[3]["prompt"] == "a blue star" and lines[3]["parameters"]["guidance_interval"] == [0.1, 0.9]
+    assert generate_benchmark(tmp_path, *options) == 0
+    assert capsys.readouterr().out.startswith("0 drawn, 4 were there already\n")
+    arguments = ["--images", str(tmp_path / "out"), "--items", str(tmp_path / "items.jsonl"), "--judge", "shapes"]
+    results = tmp_path / "results.json"
+    assert main(["evaluate", "geneval_pp", *arguments, "--output", str(results)]) == 0
+    items = json.loads(results.read_text(encoding="utf-8"))["items"]
+    assert [len(item["images"]) for item in items] == [2, 2]
+    assert all(image["verdict"]["unscored"] is None for item in items for image in item["images"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--pipeline-argument", "guidance=3"], "Echo4oPipeline takes no guidance; did you mean guidance_"),
+        (["--pipeline-argument", "num_inference_steps=3"], "num_inference_steps is given twice: 2 and 3"),
+        (["--image", "a.png"], "--image goes with PROMPT, not with --benchmark"),
+        (["--num-images", "2"], "--num-images goes with PROMPT, not with --benchmark"),
+        (["--batch-size", "0"], "batch_size=0 must be at least 1"),
+        (["--items", "missing.jsonl"], "missing.jsonl"),
+    ],
+)
+def test_mistakes_of_generate_with_a_benchmark(
+    options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert generate_benchmark(tmp_path, *options) == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
+
+
+def test_options_of_a_benchmark_want_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert generate(tmp_path / "out.png", "--pipeline-argument", "eta=1") == 2
+    assert "--pipeline-argument goes only with --benchmark" in capsys.readouterr().err
