@@ -78,6 +78,19 @@ def test_data_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert load_dataset("./shapes-parquet", "multi_reference", split="train").num_rows == 20
 
 
+def test_evaluate_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = [command for command in commands() if "shapes-images" in command or "shapes-results/results.json" in command]
+    assert [command[1] for command in run] == ["generate", "evaluate", "report"]
+    monkeypatch.chdir(tmp_path)
+    items = Path("src/echo4o_hf/miniature/items.jsonl")
+    items.parent.mkdir(parents=True)
+    lines = (ROOT / items).read_text(encoding="utf-8").splitlines(keepends=True)
+    items.write_text("".join(lines[:2]), encoding="utf-8")  # of 140, which take a minute
+    for command in run:
+        assert main(command[1:]) == 0
+    assert "a green heart, one orange cross" in Path("shapes-results/report.html").read_text(encoding="utf-8")
+
+
 def test_benchmark_commands_exist() -> None:
     text = (ROOT / "BENCHMARKS.md").read_text(encoding="utf-8")
     scripts = re.findall(r"python (benchmark/\w+\.py)", text)
