@@ -272,8 +272,8 @@ def test_1120_pictures_are_quick_and_small(tmp_path: Path) -> None:
         {**results["items"][0], "id": place, "images": [dict(images[(place + k) % 8]) for k in range(4)]}
         for place in range(280)
     ]
-    start = time.monotonic()
-    page = write([Run("ours", {**results, "items": items}, tmp_path)], tmp_path)
-    assert len(page.all("img")) == 1120
-    assert time.monotonic() - start < 240  # seconds; on a machine that does nothing else it takes a tenth
+    start = time.process_time()  # of all threads: another process's load does not count
+    write_report([Run("ours", {**results, "items": items}, tmp_path)], tmp_path / "report.html", title="A report")
+    assert time.process_time() - start < 120
     assert (tmp_path / "report.html").stat().st_size < 60e6
+    assert (tmp_path / "report.html").read_text(encoding="utf-8").count("<img ") == 1120
