@@ -234,7 +234,9 @@ def test_numbers_below_one(number: str, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_two_processes_draw_what_one_draws(model: str, tmp_path: Path) -> None:
     items = tmp_path / "items.jsonl"
-    rows = [{"tag": "counting", "prompt": prompt, "include": [{"class": "cat"}]} for prompt in PROMPTS.values()]
+    rows = [
+        {"tag": "counting", "prompt": prompt, "include": [{"class": "cat", "count": 1}]} for prompt in PROMPTS.values()
+    ]
     items.write_text("".join(json.dumps(row) + "\n" for row in rows[:3]))
     draw_samples(model, {i: row["prompt"] for i, row in enumerate(rows[:3])}, tmp_path / "one", arguments=FAST)
     # accelerate starts several processes on CPUs alone only where it takes them for GPUs.
