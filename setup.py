@@ -43,6 +43,7 @@ setup(
         "filelock>=4.2",
         "huggingface_hub>=2.4",
         "jinja2>=3.1.6",
+        "markupsafe>=3.0",
         "numpy>=2.4",
         "pillow>=13.0",
         "pyarrow>=26.0",

@@ -32,7 +32,7 @@ def test_help_is_light(command: str) -> None:
     code = f"""
 from echo4o_hf.cli import main
 try:
-    main({[*command.split(), '--help']!r})
+    main({[*command.split(), "--help"]!r})
 except SystemExit as stop:
     assert not stop.code
 """
