@@ -114,7 +114,9 @@ def test_unknown_commands_and_missing_arguments_exit_with_2() -> None:
 
 
 def test_ctrl_c_exits_with_130_and_writes_nothing(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", "import sys; from echo4o_hf.cli import main; sys.exit(main())"]
+    # a shell's background job ignores SIGINT, and so would what it starts
+    listen = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    command = [sys.executable, "-c", f"{listen}; import sys; from echo4o_hf.cli import main; sys.exit(main())"]
     options = ["generate", PROMPT, "--model", MODEL, "-o", str(tmp_path / "out.png"), "--steps", "100000"]
     with subprocess.Popen([*command, *options], stderr=subprocess.PIPE) as process:
         assert process.stderr
