@@ -51,7 +51,7 @@ def test_one_page_of_two_models(results: list[Path], tmp_path: Path, capsys: pyt
     [
         ("markdown", "| **a** | 1.000 |"),
         ("latex", "a & 1.000 &"),
-        ("model-index", "- name: a\n"),
+        ("model-index", "name: GenEval++'s protocol, other items\n"),
     ],
 )
 def test_texts(results: list[Path], tmp_path: Path, form: str, expected: str) -> None:

@@ -541,7 +541,7 @@ def _report(args: argparse.Namespace) -> None:
         if absent[5:]:
             print(f"{len(absent)} pictures are not shown", file=sys.stderr)
     elif args.format == "model-index":
-        model_index.write_model_index(runs, args.output)
+        model_index.write_model_index(runs, args.output, published)
     else:
         tables.write_tables(runs, args.output, args.format, published=published, comparisons=comparisons)
     print(args.output)

@@ -72,6 +72,7 @@ def test_published_scores_stand_only_beside_the_same_questions(run: Run, tmp_pat
     )
     assert "GPT-4o" not in page.text
     assert len(page.all("h2")) == 2 and "GenEval++, strict protocol" in page.text
+    assert "GenEval++'s protocol, other items" in page.text
 
 
 def test_several_models_side_by_side_with_a_paired_test(run: Run, other: Run, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import Qwen2Tokenizer
 
-from echo4o_hf.miniature.captions import corrupt, sample_item
+from echo4o_hf.miniature.captions import CAPTION_NOISE, corrupt, sample_item
 from echo4o_hf.miniature.dataset import draw_multi_reference, draw_surreal
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
@@ -31,6 +31,7 @@ QUESTIONS = (
     "Yes, there is.",
     "No, there is not.",
 )
+NOISE = dict.fromkeys(CAPTION_NOISE, 0.4)  # every wording that leaves something unsaid, about as often
 
 
 def build_tokenizer(seed: int = 0, sentences: int = 20_000) -> Qwen2Tokenizer:
@@ -77,7 +78,7 @@ def _corpus(seed: int, sentences: int) -> Iterator[str]:
     for index in range(sentences):
         item = sample_item(rng)
         yield item.prompt
-        yield corrupt(item, rng)
+        yield corrupt(item, rng, NOISE)
         yield draw_surreal(rng).instruction
         yield draw_multi_reference(rng).instruction
         yield QUESTIONS[index % len(QUESTIONS)]

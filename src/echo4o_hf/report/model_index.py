@@ -8,11 +8,16 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from echo4o_hf.report.runs import Run, Section, sections, visible
+from echo4o_hf.report.runs import Published, Run, Section, sections, visible
 
 
-def write_model_index(runs: Sequence[Run], output: Path) -> None:
+def write_model_index(runs: Sequence[Run], output: Path, published: Published | None = None) -> None:
     """Write YAML that goes between the `---` lines of the card, for one model on one or several benchmarks.
+
+    Args:
+        runs: Of the model.
+        output: The file.
+        published: Rows of the literature by the questions that they answer: other items are called so.
 
     Raises:
         ValueError: the runs are of more than one model, an overall score is missing, or they do not fit their schema.
@@ -21,7 +26,7 @@ def write_model_index(runs: Sequence[Run], output: Path) -> None:
     names = list(dict.fromkeys(run.name for run in runs))
     if len(names) != 1:
         raise ValueError(f"a model card is about one model, got {', '.join(names)}; give all files one name")
-    parts = sections(runs)
+    parts = sections(runs, published)
     data = ModelCardData(
         model_name=visible(names[0]), eval_results=[result for section in parts for result in _results(section)]
     )

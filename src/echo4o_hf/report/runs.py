@@ -166,10 +166,13 @@ def sections(
 
 
 def _section(runs: Sequence[Run], published: Published, comparisons: Sequence[Comparison]) -> Section:
-    benchmark, protocol, _ = runs[0].question
+    benchmark, protocol, items = runs[0].question
     official = protocol == "official"
     metric = benchmark if official else f"{benchmark}_{protocol}"
     title = TITLES.get(benchmark, benchmark)
+    own_items = {question[2] for question in published if question[0] == benchmark}
+    if own_items and items not in own_items:
+        title = f"{title}'s protocol, other items"  # such scores are not the benchmark's
     kind = "per_type" if "per_type" in runs[0].results["scores"] else "per_tag"
     rows = [scores_row(run.results["scores"], metric, kind, run.name, place) for place, run in enumerate(runs)]
     return Section(
