@@ -57,3 +57,8 @@ def test_building_is_seeded_and_saving_leaves_whole_files(tmp_path):
     assert not (tmp_path / "first" / "partial").exists()
     config = json.loads((tmp_path / "first" / "tokenizer_config.json").read_text())
     assert config["tokenizer_class"] == "Qwen2Tokenizer"
+
+
+@pytest.mark.slow
+def test_the_shipped_tokenizer_is_the_seeded_one() -> None:
+    assert build_tokenizer().get_vocab() == AutoTokenizer.from_pretrained(SHIPPED).get_vocab()
