@@ -1,0 +1,139 @@
+"""`echo4o evaluate` and `echo4o install-metrics`."""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .command import BENCHMARKS, Command, name_and_value
+
+
+def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("benchmark", metavar="BENCHMARK", choices=BENCHMARKS, help=" or ".join(BENCHMARKS))
+    parser.add_argument(
+        "--images",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="1.png, 00001.jpg, 1_0.webp or 00000/samples/00000.png",
+    )
+    parser.add_argument("--items", type=Path, metavar="FILE", help="JSON lines (default: the benchmark's own)")
+    parser.add_argument(
+        "--judge",
+        action="append",
+        required=True,
+        dest="judges",
+        metavar="JUDGE",
+        help="openai:MODEL, hf:MODEL, transformers:MODEL, shapes or scripted:FILE; repeat it for several judges",
+    )
+    parser.add_argument(
+        "--judge-option",
+        action="append",
+        default=[],
+        dest="judge_options",
+        type=name_and_value,
+        metavar="NAME=VALUE",
+        help="of every judge, such as max_tokens=2048 or base_url=http://localhost:8000/v1; repeat it for several",
+    )
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="results to write, as JSON")
+    parser.add_argument(
+        "--store",
+        type=Path,
+        metavar="FILE",
+        help="keeps every reply; what it holds is not asked again (default: verdicts.sqlite beside the results)",
+    )
+    parser.add_argument(
+        "--protocol",
+        choices=("official", "strict"),
+        default="official",
+        help="the published wording, or a verdict for each clause, under a name of its own (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--judge-text", type=Path, metavar="FILE", help="a copy of the official script, for its wording"
+    )
+    parser.add_argument(
+        "--concurrency", type=int, default=16, metavar="N", help="requests at the same time (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--repeats", type=int, default=1, metavar="N", help="how often to ask about a picture (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--numbering",
+        choices=("0", "1", "id"),
+        help="what names count from, where that is open; id: the items' own ids",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="of the intervals' resampling (default: %(default)s)"
+    )
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    from ..benchmarks.evaluation import evaluate_images, load_judges
+    from ..benchmarks.images import find_images
+    from ..benchmarks.items import load_items
+    from ..benchmarks.results import write_results
+    from ..judges.judge import JudgeStopped
+
+    items = load_items(args.benchmark, args.items)
+    pictures = find_images(args.images, items, args.numbering)
+    store = args.store or args.output.parent / "verdicts.sqlite"
+    try:
+        results = evaluate_images(
+            args.benchmark,
+            pictures,
+            items,
+            judge=load_judges(args.judges, args.benchmark, args.protocol, dict(args.judge_options)),
+            protocol=args.protocol,
+            repeats=args.repeats,
+            store=store,
+            concurrency=args.concurrency,
+            seed=args.seed,
+            judge_text=args.judge_text,
+        )
+    except JudgeStopped as error:
+        raise ValueError(f"{error} (replies so far are in {store})") from error
+    write_results(results, args.output)
+    _print_scores(results)
+    print(args.output)
+    images = [image for item in results["items"] for image in item["images"]]
+    if all(judgement["score"] is None for image in images for judgement in image["judgements"]):
+        raise ValueError(f"nothing could be judged; the first picture: {images[0]['verdict']['unscored']}")
+
+
+def _print_scores(results: Mapping[str, Any]) -> None:
+    """The scores, what is unscored and why, and what sets them apart from published ones."""
+    scores = results["scores"]
+    for name, value in scores.items():
+        if name.endswith("confidence_interval"):
+            continue
+        rows = value.items() if isinstance(value, dict) else [("", value)]
+        for part, number in rows:
+            shown = f"{number:.3f}" if isinstance(number, float) else str(number)
+            print(f"{name} {part}".strip().ljust(44), shown)
+    if interval := scores["confidence_interval"]:
+        print("confidence_interval".ljust(44), f"{interval[0]:.3f} to {interval[1]:.3f}")
+    for judge in results["judges"]:
+        print(f"{judge['name']}: {judge['calls']} calls, {judge['from_store']} replies from the store")
+    verdicts = [image["verdict"] for item in results["items"] for image in item["images"]]
+    for why, number in Counter(verdict["unscored"] for verdict in verdicts if verdict["unscored"]).most_common(5):
+        print(f"{number} unscored: {why}")
+    for deviation in results["deviations"]:
+        print(f"not as published: {deviation}")
+
+
+def _no_arguments(parser: argparse.ArgumentParser) -> None:
+    """For a command that is its name."""
+
+
+def _install_metrics(args: argparse.Namespace) -> None:
+    from ..benchmarks.metrics import install_metrics
+
+    for path in install_metrics():
+        print(path)
+
+
+EVALUATE = Command("evaluate", "pictures of a benchmark's items, judged and scored", _evaluate_arguments, _evaluate)
+INSTALL_METRICS = Command("install-metrics", "let evaluate.load find the metrics", _no_arguments, _install_metrics)

@@ -1,0 +1,58 @@
+"""All commands. Each imports what it needs when it runs, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from .. import __version__
+from .command import Command, Group
+from .convert import CONVERT
+from .data import DATA
+from .demo import DEMO
+from .evaluate import EVALUATE, INSTALL_METRICS
+from .generate import GENERATE
+from .hub import HUB
+from .report import REPORT
+
+COMMANDS = (DEMO, GENERATE, CONVERT, DATA, EVALUATE, REPORT, INSTALL_METRICS, HUB)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    parser = argparse.ArgumentParser(prog="echo4o", description="Echo-4o (Bagel) with transformers and diffusers.")
+    parser.add_argument("--version", action="version", version=f"echo4o-hf {__version__}")
+    _add_commands(parser, COMMANDS)
+    return parser
+
+
+def _add_commands(parser: argparse.ArgumentParser, commands: Sequence[Command | Group]) -> None:
+    subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
+    for command in commands:
+        subparser = subparsers.add_parser(
+            command.name, help=command.help, description=command.help[0].upper() + command.help[1:] + "."
+        )
+        if isinstance(command, Group):
+            _add_commands(subparser, command.commands)
+        else:
+            command.add_arguments(subparser)
+            subparser.set_defaults(run=command.run)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Returns:
+        The exit code: 0, 2 for what the user can mend (one line on stderr says what), 130 after Ctrl-C.
+    """
+    args = build_parser().parse_args(argv)
+    try:
+        args.run(args)
+    except (ValueError, OSError) as error:
+        print(f"echo4o: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("echo4o: interrupted", file=sys.stderr)
+        return 130
+    return 0
