@@ -55,13 +55,17 @@ def _register_pipeline(loading: ModuleType) -> None:
 
 
 def _register_dataset(loading: ModuleType) -> None:
-    """`load_dataset` finds the builder by the name that datasets would look up on the Hub."""
+    """`load_dataset` finds our builders by the names that datasets would look up on the Hub."""
     find = loading.dataset_module_factory
 
     @wraps(find)
     def dataset_module_factory(path: str, *arguments: Any, **options: Any) -> Any:
-        if path != "echo-4o-image" or os.path.isdir(path):
+        if path not in ("echo-4o-image", "echo4o-miniature") or os.path.isdir(path):
             return find(path, *arguments, **options)
+        if path == "echo4o-miniature":
+            from .miniature import builder
+
+            return builder.dataset_module(options.get("revision"))
         from .data.builder import dataset_module
 
         return dataset_module(options.get("revision"), options.get("data_files"))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -94,17 +94,21 @@ class Scene:
 
 def render(scene: Scene, rng: np.random.Generator | None = None) -> Image.Image:
     """Draw a scene as a 64x64 RGB picture; `rng` varies the objects' sizes, without it they are the middle ones."""
-    canvas = Image.new("RGB", (IMAGE_SIZE * _SUPERSAMPLING,) * 2, BACKGROUND)
+    picture = Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), BACKGROUND)
     for item in scene.objects:
         low, high = (side * _SUPERSAMPLING for side in SIDES[item.size])
         side = (low + high) // 2 if rng is None else int(rng.integers(low, high + 1))
-        half_span = CELL * _SUPERSAMPLING * len(item.cells_across) / 2
-        corner = (
-            round(item.col * CELL * _SUPERSAMPLING + half_span - side / 2),
-            round(item.row * CELL * _SUPERSAMPLING + half_span - side / 2),
-        )
-        for color, mask in _layers(item, side):
-            canvas.paste(PALETTE[color], corner, mask)
+        picture.paste(_tile(replace(item, row=0, col=0), side), (item.col * CELL, item.row * CELL))
+    return picture
+
+
+@lru_cache(maxsize=4096)  # all plain objects at all sides, some megabytes
+def _tile(item: SceneObject, side: int) -> Image.Image:
+    """The cells of one object, wherever it is; `side` is in pixels before they are reduced."""
+    span = CELL * _SUPERSAMPLING * len(item.cells_across)
+    canvas = Image.new("RGB", (span, span), BACKGROUND)
+    for color, mask in _layers(item, side):
+        canvas.paste(PALETTE[color], (round((span - side) / 2),) * 2, mask)
     return canvas.reduce(_SUPERSAMPLING)
 
 
