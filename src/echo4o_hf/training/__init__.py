@@ -1,0 +1,1 @@
+"""Fine-tuning: rows, packs of samples, the trainer."""
