@@ -13,6 +13,7 @@ import datasets
 import pytest
 import test_hub
 
+from echo4o_hf.data.build import build
 from echo4o_hf.data.instructions import read_instructions
 from echo4o_hf.data.layout import SUBSETS
 from echo4o_hf.data.overlap import (
@@ -26,6 +27,7 @@ from echo4o_hf.data.overlap import (
     read_prompts,
     table,
     write_html,
+    write_report,
 )
 from echo4o_hf.miniature.dataset import write_dataset
 
@@ -364,6 +366,25 @@ def test_overlap_and_a_copy_without_it(data: Path, tmp_path: Path) -> None:
     assert [entry["rows"] for entry in counts] == [*(by_subset[subset] for subset in SUBSETS), len(left)]
     decoded = datasets.load_dataset(str(output), "multi_reference", split="train")
     assert decoded[0]["output_image"].size == (64, 64)
+    card = (output / "README.md").read_text()
+    assert "No figures stand here" not in card and "the rows found are left out of it" in card
+
+
+def test_a_report_enters_the_card_of_a_copy_and_stays_there(data: Path, tmp_path: Path) -> None:
+    items = write_lines(
+        tmp_path / "items.jsonl", {"prompt": list(read_instructions(data, None, None, "raise"))[0]["instruction"]}
+    )
+    write_report(overlap(data, {"mine": items}, subsets=["surreal_fantasy"]), tmp_path / "report.json")
+    report = json.loads((tmp_path / "report.json").read_text())
+    build(tmp_path / "copy", data, subsets=["surreal_fantasy"], overlap=report)
+    build(tmp_path / "copy", data, subsets=["multi_reference"])
+    card = (tmp_path / "copy/README.md").read_text()
+    [counts] = report["counts"]
+    cells = ["mine", "surreal_fantasy", "12", str(counts["exact"]), str(counts["near"]), "1", "1", "0"]
+    assert f"| {' | '.join(cells)} |" in card
+    assert "Figures of this copy" in card and "left out" not in card.split("## Contamination")[1].split("##")[0]
+    with pytest.raises(ValueError, match="must be a report of .*, this has no counts, pairs"):
+        build(tmp_path / "copy", data, overlap={"threshold": 1, "ngram": 3})
 
 
 def test_only_the_subsets_of_the_report_are_copied(data: Path, tmp_path: Path) -> None:

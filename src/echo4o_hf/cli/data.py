@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,9 @@ def _build_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-shard-size", default="500MB", metavar="SIZE", help="of a Parquet file (default: %(default)s)"
     )
+    parser.add_argument(
+        "--overlap", type=Path, metavar="FILE", help="what `echo4o data overlap --output` wrote, for the card's table"
+    )
     parser.add_argument("--push-to-hub", metavar="REPO", help="also upload to this repository, such as me/name")
     parser.add_argument("--private", action="store_true", help="make that repository a private one")
 
@@ -53,6 +57,8 @@ def _build_arguments(parser: argparse.ArgumentParser) -> None:
 def _build(args: argparse.Namespace) -> None:
     from ..data.build import build
 
+    if args.overlap:
+        args.overlap = json.loads(args.overlap.read_text(encoding="utf-8"))
     for subset, number in build(**_without_run(args)).items():
         print(f"{subset}: {number} rows")
     print(args.output)
@@ -119,6 +125,7 @@ def _overlap_arguments(parser: argparse.ArgumentParser) -> None:
         help="Jaccard similarity of n-grams from which two texts are near (default: %(default)s)",
     )
     parser.add_argument("--ngram", type=int, default=3, metavar="N", help="tokens of one (default: %(default)s)")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="also write the figures and all pairs as JSON")
     parser.add_argument("--html", type=Path, metavar="FILE", help="also write a page with the pairs")
     parser.add_argument("--drop", type=Path, metavar="OUTPUT", help="also write a copy without the rows found")
 
@@ -138,7 +145,7 @@ def _benchmark_file(benchmark: str) -> tuple[str, Path]:
 
 
 def _overlap(args: argparse.Namespace) -> None:
-    from ..data.overlap import drop, overlap, table, write_html
+    from ..data.overlap import drop, overlap, table, write_html, write_report
 
     report = overlap(
         args.data_dir,
@@ -150,6 +157,9 @@ def _overlap(args: argparse.Namespace) -> None:
         ngram=args.ngram,
     )
     print(table(report))
+    if args.output:
+        write_report(report, args.output)
+        print(args.output)
     if args.html:
         write_html(report, args.html)
         print(args.html)

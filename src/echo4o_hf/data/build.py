@@ -8,7 +8,7 @@ recorded in `.build/`: a build that was stopped goes on after the last one, and 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import chain
 from pathlib import Path, PurePosixPath
@@ -43,6 +43,7 @@ def build(
     max_shard_size: int | str = "500MB",
     on_error: str = "raise",
     exclude: frozenset[str] = frozenset(),
+    overlap: Mapping[str, Any] | None = None,
     push_to_hub: str | None = None,
     private: bool = False,
 ) -> dict[str, int]:
@@ -57,6 +58,7 @@ def build(
         on_error: "raise", or "skip" to leave out what cannot be read and log it. "skip" may continue what "raise"
             stopped.
         exclude: ids of rows to leave out.
+        overlap: a report of `echo4o_hf.data.overlap.overlap` on the same data, whose counts enter the card.
         push_to_hub: a repository, "you/echo-4o-image", to upload the subsets and the card to; created where there is
             none. Older Parquet files of these subsets are deleted from it.
         private: whether a repository created here is private.
@@ -82,6 +84,8 @@ def build(
     with _locked(output):
         record = Record(output)
         record.check_card()
+        if overlap is not None:
+            record.contamination = _contamination(overlap, exclude)
         for subset in chosen:
             record.begin(subset, Settings(_state(source, subset), size, on_error, _excluded(exclude)))
         for subset in chosen:
@@ -92,6 +96,16 @@ def build(
         if push_to_hub is not None:
             _push(output, record.complete_subsets(), push_to_hub)
         return {subset: record.sizes(subset).rows for subset in record.complete_subsets()}
+
+
+def _contamination(overlap: Mapping[str, Any], exclude: frozenset[str]) -> dict[str, Any]:
+    """What the card says of an overlap: its counts, and whether the rows found are left out."""
+    names = ("threshold", "ngram", "counts", "pairs")
+    missing = [name for name in names if name not in overlap]
+    if missing:
+        raise ValueError(f"overlap must be a report of `echo4o data overlap`, this has no {', '.join(missing)}")
+    dropped = bool(exclude) and {pair["id"] for pair in overlap["pairs"]} <= exclude
+    return {**{name: overlap[name] for name in names[:3]}, "dropped": dropped}
 
 
 def _reader(subset: str, source: Folder | Repository, on_error: str) -> Echo4oImage:

@@ -61,6 +61,7 @@ class Record:
             saved = json.loads(self._file.read_text(encoding="utf-8"))
         self._cards: list[str] = saved["cards"]
         self._subsets: dict[str, dict[str, Any]] = saved["subsets"]
+        self.contamination: dict[str, Any] | None = saved.get("contamination")
 
     def shards(self, subset: str) -> list[Shard]:
         """The finished files of a subset, in their order."""
@@ -143,7 +144,8 @@ class Record:
 
     def write_card(self) -> None:
         """Write the card of the complete subsets to README.md."""
-        card = card_text({subset: self.sizes(subset) for subset in self.complete_subsets()}).encode()
+        sizes = {subset: self.sizes(subset) for subset in self.complete_subsets()}
+        card = card_text(sizes, self.contamination).encode()
         self._cards = [*dict.fromkeys([*self._cards, _sha256(card)])]
         self._save()  # first: a card that is not known would stop the next build
         with replacing(self.output / "README.md") as file:
@@ -151,7 +153,8 @@ class Record:
 
     def _save(self) -> None:
         with replacing(self._file) as file:
-            file.write(json.dumps({"cards": self._cards, "subsets": self._subsets}, indent=1).encode())
+            saved = {"cards": self._cards, "subsets": self._subsets, "contamination": self.contamination}
+            file.write(json.dumps(saved, indent=1).encode())
 
 
 def _refuse(files: set[Path]) -> None:

@@ -15,6 +15,7 @@ tokens to compare but whole phrases: there, only the exact comparison means some
 from __future__ import annotations
 
 import json
+import os
 import re
 import unicodedata
 from collections import Counter
@@ -277,6 +278,13 @@ def table(report: Mapping[str, Any]) -> str:
     return align(header, rows, left=2)
 
 
+def write_report(report: Mapping[str, Any], path: str | Path) -> None:
+    """Write a report of `overlap` as JSON."""
+    partial = Path(f"{path}.partial")
+    partial.write_text(json.dumps(report, indent=1, ensure_ascii=False), encoding="utf-8")
+    os.replace(partial, path)
+
+
 def write_html(report: Mapping[str, Any], path: str | Path) -> None:
     """Write a report of `overlap` as one self-contained page: the counts, and the pairs to look at."""
     groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
@@ -315,7 +323,13 @@ def drop(
 
     exclude = frozenset(pair["id"] for pair in report["pairs"])
     written = build(
-        output, data_dir, subsets=list(report["subsets"]), revision=revision, on_error=on_error, exclude=exclude
+        output,
+        data_dir,
+        subsets=list(report["subsets"]),
+        revision=revision,
+        on_error=on_error,
+        exclude=exclude,
+        overlap=report,
     )
     dropped = Counter(subset for subset, _ in {(pair["subset"], pair["id"]) for pair in report["pairs"]})
     for subset, rows in report["subsets"].items():
