@@ -1,0 +1,185 @@
+"""What is trained: everything, the generation expert, or low-rank adapters, and in which dtypes.
+
+Parameters keep their official names; `lora` puts adapters on the linear layers whose names match the patterns below.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ..model.modeling_bagel import BagelForConditionalGeneration
+
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModel
+    from transformers import BitsAndBytesConfig
+
+METHODS = ("full", "generation", "lora")
+QUANTIZATIONS = ("4bit", "8bit")
+TRAINABLE_DTYPES = ("float32", "bfloat16")
+
+# What draws: the generation expert (each `*_moe_gen`) and what latents pass on their way in and out.
+LATENT_HEADS = ("vae2llm", "llm2vae", "time_embedder")
+
+GENERATION_LAYERS = (
+    r"language_model\.model\.layers\.\d+\.self_attn\.[qkvo]_proj_moe_gen",
+    r"language_model\.model\.layers\.\d+\.mlp_moe_gen\.(gate|up|down)_proj",
+)
+UNDERSTANDING_LAYERS = (
+    r"language_model\.model\.layers\.\d+\.self_attn\.[qkvo]_proj",
+    r"language_model\.model\.layers\.\d+\.mlp\.(gate|up|down)_proj",
+)
+VISION_LAYERS = (
+    r"vit_model\.vision_model\.encoder\.layers\.\d+\.(self_attn\.(q_proj|k_proj|v_proj|out_proj)|mlp\.fc[12])",
+    r"connector\.fc[12]",
+)
+
+# Outside of the two experts' layers nothing is quantized: it is small, and heads and embeddings suffer most.
+NOT_QUANTIZED = ("language_model.lm_head", "vit_model", "connector", *LATENT_HEADS)
+
+
+def prepare_model(model: BagelForConditionalGeneration, arguments: Any) -> BagelForConditionalGeneration | PeftModel:
+    """Freezes, casts and, for `lora`, wraps a loaded model, which is changed in place.
+
+    "full" trains every parameter. "generation" trains each `*_moe_gen`, `vae2llm`, `llm2vae` and `time_embedder`:
+    texts written about images in the vision encoder stay bit for bit the same. "lora" trains adapters alone.
+
+    Without `arguments.bf16` all is float32. With it, frozen weights are bfloat16 and trained ones
+    `arguments.trainable_dtype`, adapters always float32; the forward pass then needs autocast, as Trainer has it.
+    Quantized weights stay as they are.
+
+    Args:
+        model: as loaded; with `arguments.quantization`, loaded with `quantization_config(arguments)`.
+        arguments: `Echo4oTrainingArguments`.
+
+    Raises:
+        ValueError: settings that are unknown or exclude each other.
+        ImportError: peft is missing.
+    """
+    check_arguments(arguments)
+    if (arguments.quantization is not None) != _is_quantized(model):
+        state = "is" if _is_quantized(model) else "is not"
+        raise ValueError(f"quantization={arguments.quantization!r}, but the model {state} quantized")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(is_trained(name, arguments.method))
+    _cast(model, arguments)
+    if arguments.gradient_checkpointing:
+        _require_input_grads(model, arguments)
+    if arguments.method != "lora":
+        return model
+    # What adapter_config.json names as its base: not the folder in the cache.
+    model.name_or_path = model.config.name_or_path = str(arguments.model)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(arguments.seed)
+        from peft import get_peft_model
+
+        return get_peft_model(model, lora_config(arguments))  # type: ignore[no-any-return]
+
+
+def check_arguments(arguments: Any) -> None:
+    """Complains about settings of this file that are unknown or exclude each other.
+
+    Raises:
+        ValueError: with the value seen and the choices.
+    """
+    choices: dict[str, tuple[str | None, ...]] = {
+        "method": METHODS,
+        "quantization": (None, *QUANTIZATIONS),
+        "trainable_dtype": TRAINABLE_DTYPES,
+    }
+    for name, allowed in choices.items():
+        value = getattr(arguments, name)
+        if value not in allowed:
+            raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(map(str, allowed))}")
+    if arguments.quantization is not None and arguments.method != "lora":
+        raise ValueError(
+            f"quantization={arguments.quantization!r} with method={arguments.method!r}: quantized weights cannot be "
+            "trained; use method='lora'"
+        )
+    if arguments.trainable_dtype != "float32" and not arguments.bf16:
+        raise ValueError(f"trainable_dtype={arguments.trainable_dtype!r} needs bf16=True; without it all is float32")
+
+
+def is_trained(name: str, method: str) -> bool:
+    """Whether `method` trains the model's own parameter of this name."""
+    if method == "generation":
+        return "_moe_gen" in name or name.split(".")[0] in LATENT_HEADS
+    return method == "full"
+
+
+def lora_config(arguments: Any) -> LoraConfig:
+    """peft's configuration; its pattern matches full module names.
+
+    Raises:
+        ImportError: peft is missing.
+    """
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        raise ImportError("method='lora' needs peft: pip install 'echo4o-hf[train]'") from error
+    layers = (
+        GENERATION_LAYERS
+        + (UNDERSTANDING_LAYERS if arguments.lora_understanding else ())
+        + (VISION_LAYERS if arguments.lora_vision else ())
+    )
+    return LoraConfig(
+        r=arguments.lora_rank,
+        lora_alpha=arguments.lora_alpha,
+        lora_dropout=arguments.lora_dropout,
+        target_modules="|".join(layers),
+        revision=arguments.model_revision,
+    )
+
+
+def quantization_config(arguments: Any) -> BitsAndBytesConfig | None:
+    """For loading the frozen base: the linear layers of both experts in nf4 ("4bit") or int8; None without.
+
+    Raises:
+        ImportError: bitsandbytes is missing.
+        ValueError: unknown `quantization`.
+    """
+    check_arguments(arguments)
+    if arguments.quantization is None:
+        return None
+    from transformers import BitsAndBytesConfig
+    from transformers.utils import is_bitsandbytes_available
+
+    if not is_bitsandbytes_available():
+        raise ImportError(
+            f"quantization={arguments.quantization!r} needs bitsandbytes: pip install 'echo4o-hf[qlora]'"
+        )
+    skipped = list(NOT_QUANTIZED)
+    if arguments.quantization == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16 if arguments.bf16 else torch.float32,
+        llm_int8_skip_modules=skipped,  # both kinds read it
+    )
+
+
+def _is_quantized(model: nn.Module) -> bool:
+    return any(type(parameter).__name__ in ("Params4bit", "Int8Params") for parameter in model.parameters())
+
+
+def _cast(model: BagelForConditionalGeneration, arguments: Any) -> None:
+    """Parameters and position tables; never the rotary frequencies, which bfloat16 would ruin."""
+    frozen = torch.bfloat16 if arguments.bf16 else torch.float32
+    trained = getattr(torch, arguments.trainable_dtype)
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and type(parameter).__name__ not in ("Params4bit", "Int8Params"):
+            parameter.data = parameter.data.to(trained if parameter.requires_grad else frozen)
+    for table in (model.vit_pos_embed, model.latent_pos_embed):
+        table.to(frozen)
+
+
+def _require_input_grads(model: BagelForConditionalGeneration, arguments: Any) -> None:
+    """Reentrant checkpointing finds parameters only behind inputs that need gradients."""
+    model.enable_input_require_grads()  # the stream of texts, which each layer gets beside that of latents
+    if arguments.method == "lora" and arguments.lora_vision:
+        embeddings = model.vit_model.vision_model.embeddings
+        embeddings.register_forward_hook(lambda module, inputs, output: output.requires_grad_(True))
