@@ -93,6 +93,10 @@ class BagelImageProcessor(BaseImageProcessor):
         images = images if isinstance(images, list) else [images]
         return BatchFeature({"pixel_values": [self.vision_pixels(image) for image in images]})
 
+    def pixels(self, image: ImageLike, height: int, width: int) -> torch.Tensor:
+        """(3, height, width) float32 in [-1, 1], resized to this size whatever the rules say."""
+        return self._normalize(to_rgb(image).resize((width, height), Image.Resampling.BICUBIC))
+
     def _normalize(self, image: Image.Image) -> torch.Tensor:
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255  # (3, height, width)
         mean, std = torch.tensor(self.image_mean), torch.tensor(self.image_std)
