@@ -122,7 +122,10 @@ class Echo4oTrainingArguments(TrainingArguments):
         default=None, metadata={"help": "Longest side of references' latents; by default the model's largest."}
     )
     vision_size: int | None = field(
-        default=None, metadata={"help": "Longest side that the vision encoder sees of references; by default 518."}
+        default=None,
+        metadata={
+            "help": "Longest side that the vision encoder sees; by default 518 of references, 980 of questions."
+        },
     )
     aspect_ratio_buckets: bool = field(
         default=False, metadata={"help": "Crop pictures to the nearest of some sizes of equal area."}
@@ -151,7 +154,9 @@ class Echo4oTrainingArguments(TrainingArguments):
 
     # Validation.
     validation_prompts: list[str] | None = field(default=None, metadata={"help": "What to draw while training."})
-    validation_steps: int | None = field(default=None, metadata={"help": "Steps between two validations."})
+    validation_steps: int | None = field(
+        default=None, metadata={"help": "Steps between validations; by default at both ends."}
+    )
     validation_seed: int = field(default=0, metadata={"help": "Of the validation's noise."})
     validation_inference_steps: int = field(default=49, metadata={"help": "Updates of the latents."})
     validation_benchmark: str | None = field(
@@ -226,9 +231,8 @@ def _check_combinations(arguments: Echo4oTrainingArguments) -> None:
         raise ValueError("streaming needs max_steps: how many rows there are is not known")
     if arguments.precompute_latents and arguments.latent_cache is None:
         raise ValueError("precompute_latents needs latent_cache, the folder to fill")
-    drawn = bool(arguments.validation_prompts) or arguments.validation_benchmark is not None
-    if drawn != (arguments.validation_steps is not None):
-        raise ValueError("validation_steps goes with validation_prompts or validation_benchmark, and they with it")
+    if arguments.validation_steps and not (arguments.validation_prompts or arguments.validation_benchmark):
+        raise ValueError("validation_steps needs validation_prompts or validation_benchmark: what to draw")
     if (arguments.validation_benchmark is None) != (arguments.validation_judge is None):
         raise ValueError("validation_benchmark and validation_judge go together")
 
