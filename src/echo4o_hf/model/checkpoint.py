@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 __all__ = [
     "check_finite",
     "check_loading_info",
+    "find_adapter",
     "find_files",
     "is_official_layout",
     "layout",
@@ -69,6 +70,7 @@ COMPONENTS = ("model", "vae", "scheduler", "processor")
 OFFICIAL_FILES = ("ema.safetensors", "ae.safetensors", "llm_config.json", "vit_config.json")
 SAVED_VAE_FILE = "diffusion_pytorch_model.safetensors"  # diffusers' name
 OFFICIAL_SHIFT = 3.0  # of the sampling schedule
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # peft's names
 CONFIG_FILES = ("config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json")
 
 
@@ -133,6 +135,31 @@ def find_files(
         wanted = _wanted_files(_inside(names, place), component)
         _complete(str(path), root, place, [name for name in wanted if not name.endswith(".safetensors")], hub_options)
     return component_folder(root / place, component)
+
+
+def find_adapter(
+    path: str | os.PathLike[str],
+    weight_name: str = ADAPTER_WEIGHTS,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    **hub_options: Any,
+) -> Path:
+    """The local folder of an adapter as peft saves it; from the Hub, only its two files are downloaded.
+
+    Raises:
+        OSError: `path` is neither here nor on the Hub, holds no adapter, or there is no network.
+    """
+    root, names = _names(path, revision, subfolder, hub_options)
+    place = f"{subfolder.strip('/')}/" if subfolder else ""
+    inside = _inside(names, place)
+    if not {ADAPTER_CONFIG, weight_name} <= inside:
+        raise FileNotFoundError(
+            f"no adapter in {path}{f', subfolder {subfolder!r}' if subfolder else ''}: looked for {ADAPTER_CONFIG} "
+            f"and {weight_name}; found {shortened(sorted(inside), 12) or 'nothing'}"
+        )
+    if _local_folder(path) is None:
+        _complete(str(path), root, place, [ADAPTER_CONFIG, weight_name], hub_options)
+    return root / place
 
 
 def is_official_layout(

@@ -28,6 +28,7 @@ from ..model.packing import Grid, Segment, patchify, unpatchify
 from ..model.processing_bagel import BagelProcessor
 from .contexts import PromptContexts
 from .guidance import Guidance, guide, read_guidance
+from .lora import LoraMixin
 from .prompts import THINKING_PROMPT, Item, count_positions, last_image, latent_grid, read_prompts
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -48,7 +49,7 @@ class Echo4oPipelineOutput(BaseOutput):
     texts: list[str] | None
 
 
-class Echo4oPipeline(DiffusionPipeline):
+class Echo4oPipeline(LoraMixin, DiffusionPipeline):
     """Text-to-image, references, editing and thinking.
 
     Args:

@@ -75,7 +75,7 @@ def prepare_model(model: BagelForConditionalGeneration, arguments: Any) -> Bagel
         torch.default_generator.manual_seed(arguments.seed)
         from peft import get_peft_model
 
-        return get_peft_model(model, lora_config(arguments))  # type: ignore[no-any-return]
+        return get_peft_model(model, lora_config(arguments))
 
 
 def check_arguments(arguments: Any) -> None:
@@ -110,7 +110,7 @@ def is_trained(name: str, method: str) -> bool:
 
 
 def lora_config(arguments: Any) -> LoraConfig:
-    """peft's configuration; its pattern matches full module names.
+    """The adapters for peft; the pattern matches full module names.
 
     Raises:
         ImportError: peft is missing.
