@@ -99,6 +99,14 @@ def test_pictures_come_in_rgb_from_bytes_and_files(tmp_path, picture):
     assert seen == [("RGB", (12, 8))] * 3
 
 
+def test_failures_say_what_was_paid(png):
+    def judge(system, prompt, images):
+        raise JudgeFailed("empty", input_tokens=9, output_tokens=4)
+
+    (outcome,) = ask(judge, requests(1, png), progress=False)
+    assert (outcome.failure, outcome.input_tokens, outcome.output_tokens) == ("empty", 9, 4)
+
+
 def test_a_second_run_asks_nothing(store, png):
     judge = ScriptedJudge(lambda s, p, i: Reply(p, input_tokens=5, output_tokens=2, latency=0.25, truncated=True))
     first = ask(judge, requests(20, png), store=store, progress=False)

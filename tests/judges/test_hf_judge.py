@@ -3,6 +3,8 @@ from __future__ import annotations
 import logging
 import socket
 import traceback
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 
 import huggingface_hub
 import huggingface_hub.constants
@@ -10,7 +12,7 @@ import huggingface_hub.inference._providers as providers
 import pytest
 
 from echo4o_hf.judges import hf_judge
-from echo4o_hf.judges.judge import JudgeFailed, JudgeStopped, judge_parameters
+from echo4o_hf.judges.judge import JudgeFailed, JudgeStopped, judge_parameters, judge_prices
 from echo4o_hf.judges.load import load_judge
 
 TOKEN = "hf_secret0123456789"
@@ -66,6 +68,38 @@ def test_retry_after_is_honoured(server, judge, picture):
     assert judge("", "p", [picture]) == OK
     (first, *_), (second, *_) = server.requests
     assert 1.0 <= second - first < 1.9
+
+
+def test_retry_after_may_be_a_date(server, judge, picture):
+    date = format_datetime(datetime.now(UTC) + timedelta(seconds=3), usegmt=True)  # in whole seconds
+    server.script.append({**error(429, "slow down"), "headers": {"Retry-After": date}})
+    assert judge("", "p", [picture]) == OK
+    (first, *_), (second, *_) = server.requests
+    assert 1.5 <= second - first < 4
+
+
+@pytest.mark.parametrize("header", ["soon", "Sun, 06 Nov 1994 08:49:37 GMT", "-3"])
+def test_a_retry_after_that_says_nothing_is_passed_over(server, judge, picture, header):
+    server.script.append({**error(503, "busy"), "headers": {"Retry-After": header}})
+    assert judge("", "p", [picture]) == OK
+
+
+def test_tokens_and_prices(server, picture):
+    judge = load_judge("hf:m", base_url=server.url, token=TOKEN, prices=[0.5, 2])
+    assert judge_prices(judge) == (0.5, 2.0)
+    server.script.append({"body": server.completion("")})
+    assert judge("", "p", [picture]).input_tokens == 200
+    with pytest.raises(ValueError, match="prices"):
+        load_judge("hf:m", token=TOKEN, prices=[1])
+
+
+def test_an_address_with_a_password_is_not_shown(server, picture):
+    url = server.url.replace("127", "me:pw@127")
+    judge = load_judge("hf:m", base_url=url, token=TOKEN, max_retries=0, timeout=0.1)
+    server.default = {**server.default, "delay": 0.5}
+    with pytest.raises(JudgeFailed, match="timed out") as failed:
+        judge("", "p", [picture])
+    assert "pw" not in str(failed.value)
 
 
 @pytest.mark.parametrize(

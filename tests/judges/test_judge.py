@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from echo4o_hf.judges.judge import BatchJudge, Reply, judge_name, judge_parameters
+from echo4o_hf.judges.judge import BatchJudge, Reply, judge_name, judge_parameters, judge_prices
 
 
 def strict(system, prompt, images):
@@ -45,6 +45,21 @@ def test_a_judge_without_a_name_is_refused(name):
 def test_parameters_that_are_not_json_are_refused(parameters):
     with pytest.raises(ValueError, match="parameters of mine"):
         judge_parameters(Named(parameters))
+
+
+def test_prices_are_two_numbers():
+    judge = Named({})
+    assert judge_prices(judge) is None
+    judge.prices = [2, 8.5]
+    assert judge_prices(judge) == (2.0, 8.5)
+
+
+@pytest.mark.parametrize("prices", [2, [2], [2, 8, 1], "28", ["2", "8"], [2, -1], [2, float("nan")], [True, 1], {}])
+def test_other_prices_are_refused(prices):
+    judge = Named({})
+    judge.prices = prices
+    with pytest.raises(ValueError, match="prices are two numbers"):
+        judge_prices(judge)
 
 
 def test_batch_judges_are_recognised():

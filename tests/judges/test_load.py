@@ -24,6 +24,22 @@ def test_an_unknown_judge_is_refused_with_the_list(spec):
         load_judge(spec)
 
 
+@pytest.mark.parametrize(
+    ("spec", "module", "advice"),
+    [
+        ("openai:m", "openai", r"pip install 'echo4o-hf\[judges\]'"),
+        ("hf:m", "httpx2", r"pip install 'echo4o-hf\[judges\]'"),
+        ("transformers:m", "transformers", "install what is missing"),
+    ],
+)
+def test_a_package_that_is_not_installed_is_named(spec, module, advice, monkeypatch):
+    monkeypatch.setitem(sys.modules, module, None)
+    for name in ("openai_judge", "hf_judge", "transformers_judge"):
+        monkeypatch.delitem(sys.modules, f"echo4o_hf.judges.{name}", raising=False)
+    with pytest.raises(ValueError, match=f"{spec} cannot be used: .*{module}.*{advice}"):
+        load_judge(spec)
+
+
 def test_the_judge_that_is_not_used_is_not_imported():
     code = "import sys, echo4o_hf.judges.load, echo4o_hf.judges.ask; print(*{'torch', 'openai'} & {*sys.modules})"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

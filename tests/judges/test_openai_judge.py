@@ -28,7 +28,7 @@ def quick_back_off(monkeypatch):
 
 @pytest.fixture
 def judge(server):
-    return OpenAIJudge("gpt-4.1", base_url=server.url, api_key=KEY, max_retries=3, timeout=5.0, prices=(2.0, 8.0))
+    return OpenAIJudge("gpt-4.1", base_url=server.url, api_key=KEY, max_retries=3, timeout=5.0)
 
 
 def error(status, message, **fields):
@@ -193,12 +193,71 @@ def test_a_reply_cut_off_is_marked(server, judge, picture):
         judge("", "p", [picture])
 
 
-def test_usage_and_cost(server, judge, picture):
-    server.script.append({"body": server.completion("")})  # paid for, and no use
-    judge("", "p", [picture])
-    assert judge.usage == {"calls": 2, "input_tokens": 200, "output_tokens": 14}
-    assert judge.cost(1_000_000, 500_000) == pytest.approx(6.0)
-    assert OpenAIJudge("m", base_url=server.url).cost(1, 1) is None
+def test_tokens_of_attempts_in_vain_are_counted(server, judge, picture):
+    server.script.append({"body": server.completion("")})
+    reply = judge("", "p", [picture])
+    assert (reply.input_tokens, reply.output_tokens) == (200, 14)
+    server.script.append({"body": server.completion("", finish="length")})
+    with pytest.raises(JudgeFailed) as failed:
+        judge("", "p", [picture])
+    assert (failed.value.input_tokens, failed.value.output_tokens) == (100, 7)
+    server.script.extend([{"body": server.completion("")}, error(400, "too small")])
+    with pytest.raises(JudgeFailed, match="too small") as failed:
+        judge("", "p", [picture])
+    assert (failed.value.input_tokens, failed.value.output_tokens) == (100, 7)
+
+
+@pytest.mark.parametrize(
+    "usage",
+    [
+        None,
+        [],
+        "100",
+        {},
+        {"prompt_tokens": "100", "completion_tokens": 7.0},
+        {"prompt_tokens": True},
+        {"prompt_tokens": -1, "completion_tokens": 10**30},
+    ],
+)
+def test_tokens_that_are_no_numbers_are_not_known(server, judge, picture, usage):
+    server.script.append({"body": {**server.completion(OK), "usage": usage}})
+    reply = judge("", "p", [picture])
+    assert reply == OK and (reply.input_tokens, reply.output_tokens) == (None, None)
+    assert len(server.requests) == 1
+
+
+def test_prices_are_told_wrong_before_anything_is_paid():
+    with pytest.raises(ValueError, match=r"such as \[2, 8\]; got 'cheap'"):
+        OpenAIJudge("m", api_key=KEY, prices="cheap")
+
+
+def test_what_a_router_flags_fails_alone(server, judge, picture):
+    """OpenRouter answers so to a request that its moderation refuses."""
+    server.script.append(error(403, "flagged", code=403, metadata={"reasons": ["violence"], "flagged_input": "a"}))
+    with pytest.raises(JudgeFailed, match="flagged"):
+        judge("", "p", [picture])
+    assert judge("", "p", [picture]) == OK
+
+
+def test_no_part_of_a_key_is_shown(server, picture):
+    """Neither one that a cut message ends in, nor the address's; and without a key no word is hidden."""
+    judge = OpenAIJudge(
+        "m", base_url=server.url.replace("127", "me:pw@127") + "?code=c0de", api_key=KEY, max_retries=0
+    )
+    for cut in range(280, 310):
+        server.script.append(error(400, "x" * (cut - len(KEY)) + KEY + "y" * 50))
+        with pytest.raises(JudgeFailed) as failed:
+            judge("", "p", [picture])
+        assert KEY[:6] not in str(failed.value) and "***" in str(failed.value)
+    server.default = {"body": ("x" * 70 + KEY).encode()}
+    with pytest.raises(JudgeFailed) as failed:
+        judge("", "p", [picture])
+    assert "not JSON" in str(failed.value) and KEY[:6] not in str(failed.value)
+    server.default = error(400, f"at {server.url.replace('127', 'me:pw@127')}?code=c0de none")
+    with pytest.raises(JudgeFailed, match=r"at http://\*\*\*@127.*\?\*\*\* none"):
+        judge("", "p", [picture])
+    with pytest.raises(JudgeFailed, match="none"):
+        OpenAIJudge("m", base_url=server.url)("", "p", [picture])
 
 
 def test_a_bad_key_stops_the_run_and_is_nowhere_to_be_seen(server, judge, png, tmp_path, caplog, capfd):
@@ -223,6 +282,6 @@ def test_many_threads_share_a_judge(server, png):
     judge = OpenAIJudge("m", base_url=server.url)
     outcomes = ask(judge, [Request("", f"p{i}", [png]) for i in range(64)], concurrency=32, progress=False)
     assert {outcome.reply for outcome in outcomes} == {OK}
-    assert judge.usage["calls"] == 64
+    assert len(server.requests) == 64
     asked = sorted(body["messages"][0]["content"][0]["text"] for *_, body in server.requests)
     assert asked == sorted(f"p{i}" for i in range(64))

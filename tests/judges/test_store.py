@@ -5,6 +5,7 @@ import sqlite3
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -91,6 +92,27 @@ def test_what_is_no_store_is_left_alone(tmp_path):
         assert path.read_bytes() == before
     with pytest.raises(OSError, match="store"):
         VerdictStore(tmp_path)
+
+
+def test_a_full_disk_is_an_error_of_the_file(tmp_path):
+    with VerdictStore(tmp_path / "s") as store:
+        store.put("a", "x", judge="j", parameters={})
+        store._connection.execute("PRAGMA max_page_count = 1")
+        with pytest.raises(OSError, match="cannot use the store .*full"):
+            for number in range(100):
+                store.put(str(number), "x" * 1000, judge="j", parameters={})
+        with pytest.raises(OSError, match="cannot use the store"):
+            store.put_verdicts({"a": "x" * 100_000})
+        assert store.get("a").reply == "x"
+
+
+def test_a_store_that_cannot_be_written_is_told_at_once(tmp_path):
+    folder = tmp_path / "s-journal"  # in the place of SQLite's journal
+    folder.mkdir()
+    start = time.monotonic()
+    with pytest.raises(OSError, match="cannot write to the store"):
+        VerdictStore(tmp_path / "s")
+    assert time.monotonic() - start < 5
 
 
 PARTS = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import threading
 import time
 from collections.abc import Generator, Iterable, Iterator, Sequence
@@ -13,10 +12,11 @@ from itertools import islice
 from os import PathLike
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from tqdm.auto import tqdm
 
 from echo4o_hf.judges.judge import BatchJudge, Judge, JudgeFailed, Reply, judge_name, judge_parameters
+from echo4o_hf.judges.pictures import decode
 from echo4o_hf.judges.store import StoredReply, VerdictStore, request_key
 
 
@@ -42,8 +42,8 @@ class Outcome:
         reply: The judge's text.
         failure: Why there is none.
         from_store: Whether no call was made, for the reply was stored, or asked for before in the same list.
-        input_tokens: Tokens of the request, where the judge told.
-        output_tokens: Tokens of the reply, where the judge told.
+        input_tokens: Tokens of the request, where the judge told; of a failure, those paid for in vain.
+        output_tokens: Likewise of the reply.
         latency: Seconds that the call took.
         truncated: Whether the reply ended because it reached the limit of its length.
         key: What the reply is stored under; None where an image cannot be read.
@@ -144,6 +144,10 @@ def _outcome(key: str, reply: Reply, from_store: bool = False) -> Outcome:
     )
 
 
+def _failure(key: str, error: JudgeFailed) -> Outcome:
+    return Outcome(None, str(error), False, error.input_tokens, error.output_tokens, key=key)
+
+
 class _Run:
     """One judge and one store, for the length of a call of `ask`."""
 
@@ -206,11 +210,11 @@ class _Run:
 
     def _ask_one(self, task: _Task) -> tuple[str, Outcome]:
         try:
-            images = _decode(task.images)
+            images = decode(task.images)
             start = time.perf_counter()
             reply = self.judge(task.system, task.prompt, images)
         except JudgeFailed as error:
-            return task.key, Outcome(None, str(error), from_store=False, key=task.key)
+            return task.key, _failure(task.key, error)
         return task.key, self._keep(task.key, reply, time.perf_counter() - start)
 
     def batches(self, tasks: Iterator[_Task]) -> Generator[tuple[str, Outcome], None, None]:
@@ -221,9 +225,9 @@ class _Run:
             ready: list[tuple[str, tuple[str, str, list[Image.Image]]]] = []
             for task in batch:
                 try:
-                    ready.append((task.key, (task.system, task.prompt, _decode(task.images))))
+                    ready.append((task.key, (task.system, task.prompt, decode(task.images))))
                 except JudgeFailed as error:
-                    yield task.key, Outcome(None, str(error), from_store=False, key=task.key)
+                    yield task.key, _failure(task.key, error)
             if not ready:
                 continue
             start = time.perf_counter()
@@ -231,7 +235,7 @@ class _Run:
                 replies = judge.batch([request for _, request in ready])
             except JudgeFailed as error:
                 for key, _ in ready:
-                    yield key, Outcome(None, str(error), from_store=False, key=key)
+                    yield key, _failure(key, error)
                 continue
             seconds = (time.perf_counter() - start) / len(ready)
             for (key, _), reply in zip(ready, replies, strict=True):
@@ -246,22 +250,3 @@ class _Run:
             stored: StoredReply = self.store.put(key, reply, judge=self.name, parameters=self.parameters)
             reply = stored.reply
         return _outcome(key, reply)
-
-
-def _decode(encoded: Sequence[bytes]) -> list[Image.Image]:
-    """The images in RGB.
-
-    Raises:
-        JudgeFailed: one does not decode.
-    """
-    images = []
-    for number, data in enumerate(encoded, start=1):
-        try:
-            with Image.open(io.BytesIO(data)) as image:
-                image.load()
-                images.append(image if image.mode == "RGB" else image.convert("RGB"))
-        except UnidentifiedImageError:
-            raise JudgeFailed(f"image {number} is no image file, or of an unknown format") from None
-        except Exception as error:  # Pillow's decoders raise whatever a broken file makes them run into
-            raise JudgeFailed(f"image {number} does not decode: {error}") from error
-    return images

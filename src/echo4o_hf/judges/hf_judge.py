@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import random
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from email.utils import mktime_tz, parsedate_tz
 from typing import Any
 
 import httpx2
@@ -13,16 +14,8 @@ from huggingface_hub import InferenceClient, get_token
 from huggingface_hub.errors import HfHubHTTPError, InferenceTimeoutError
 from PIL import Image
 
-from echo4o_hf.judges.chat import (
-    BROKEN_REPLIES,
-    BrokenReply,
-    chat_messages,
-    hide,
-    public_url,
-    read_completion,
-    server_message,
-)
-from echo4o_hf.judges.judge import JudgeFailed, JudgeStopped, Reply
+from echo4o_hf.judges.chat import BrokenReply, chat_messages, complete, hide, public_url, server_message
+from echo4o_hf.judges.judge import JudgeFailed, JudgeStopped, Reply, judge_prices
 
 _FIRST_WAIT, _LONGEST_WAIT = 0.5, 8.0  # seconds of back-off
 _LONGEST_RETRY_AFTER = 120.0
@@ -44,9 +37,10 @@ class HFJudge:
         response_format: Such as a JSON schema, as the API takes it.
         max_retries: After the first attempt.
         timeout: Seconds without any answer after which an attempt is given up.
+        prices: Of a million input and a million output tokens, such as (0.6, 2.4), for the cost in results.
 
     Raises:
-        ValueError: the provider is unknown.
+        ValueError: the provider is unknown, or `prices` are not two numbers from 0.
     """
 
     reads_system = True
@@ -63,9 +57,12 @@ class HFJudge:
         response_format: Mapping[str, Any] | None = None,
         max_retries: int = 6,
         timeout: float = 120.0,
+        prices: Sequence[float] | None = None,
     ) -> None:
         self.model = model
         self.name = f"hf:{model}"
+        self.prices = prices
+        judge_prices(self)  # wrong ones are told before anything is paid
         self.max_retries = max_retries
         options = {"temperature": temperature, "max_tokens": max_tokens, "response_format": response_format}
         self._options = {key: value for key, value in options.items() if value is not None}
@@ -95,14 +92,7 @@ class HFJudge:
             JudgeFailed: no reply after all retries.
         """
         messages = chat_messages(system, prompt, images)
-        start = time.perf_counter()
-        for attempt in range(1, BROKEN_REPLIES + 1):
-            try:
-                return read_completion(self._send(messages), time.perf_counter() - start)
-            except BrokenReply as error:
-                if attempt == BROKEN_REPLIES:
-                    raise JudgeFailed(f"{self._hide(str(error))} ({attempt} attempts)") from None
-        raise AssertionError("the loop returns or raises")
+        return complete(lambda: self._send(messages), self._hide)
 
     def _send(self, messages: list[dict[str, Any]]) -> Any:
         """The completion, after as many attempts as it takes."""
@@ -139,7 +129,7 @@ class HFJudge:
             body = error.response.json()
         except ValueError:
             body = error.response.text
-        said = f"{self!r} got ({status}): {self._hide(server_message(body))}"
+        said = f"{self!r} got ({status}): {server_message(body, self._hide)}"
         if status == 401:
             return JudgeStopped(f"the token was refused; check HF_TOKEN or run `hf auth login`. {said}")
         if status == 402:
@@ -157,7 +147,7 @@ class HFJudge:
         return JudgeStopped(f"{self!r} cannot be reached; check the network ({reason})")
 
     def _hide(self, text: str) -> str:
-        return hide(text, self._token or get_token())
+        return hide(text, self._token or get_token(), self._client.model)
 
 
 def _worth_a_retry(status: int, asked: float | None) -> bool:
@@ -165,8 +155,11 @@ def _worth_a_retry(status: int, asked: float | None) -> bool:
 
 
 def _retry_after(header: str | None) -> float | None:
-    """Seconds of a Retry-After header; None where there is none, or a date."""
-    try:
-        return max(float(header), 0.0) if header else None
-    except ValueError:
+    """Seconds of a Retry-After header, which may be a date; None where there is none."""
+    if not header:
         return None
+    try:
+        return max(float(header), 0.0)
+    except ValueError:
+        date = parsedate_tz(header)
+        return max(mktime_tz(date) - time.time(), 0.0) if date else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, Self, TypeAlias, runtime_checkable
 
@@ -13,7 +14,8 @@ Judge: TypeAlias = Callable[[str, str, list[Image.Image]], str]
 
 `name` and `parameters` (what else decides the replies, as JSON) are read where it has them: stored replies are found
 by them. It raises `JudgeFailed` for one request that must go unscored, `JudgeStopped` where no request can succeed.
-`reads_system`, where it has it, says whether the system text decides its replies.
+`reads_system`, where it has it, says whether the system text decides its replies; `prices` are those of a million
+input and a million output tokens, in any currency.
 """
 
 
@@ -21,8 +23,8 @@ class Reply(str):
     """A judge's text with what it cost; a plain `str` is as good.
 
     Attributes:
-        input_tokens: Tokens of the request, images included.
-        output_tokens: Tokens of the reply.
+        input_tokens: Tokens of the request, images included; of all attempts, where some were paid for in vain.
+        output_tokens: Likewise of the reply.
         latency: Seconds from the request to the reply, retries included.
         truncated: Whether the reply ended because it reached the limit of its length.
     """
@@ -71,7 +73,17 @@ class JudgeStopped(RuntimeError):
 
 
 class JudgeFailed(RuntimeError):
-    """This request failed, after all retries; its item stays unscored with the message as the reason."""
+    """This request failed, after all retries; its item stays unscored with the message as the reason.
+
+    Attributes:
+        input_tokens: Tokens that were paid for nevertheless.
+        output_tokens: Likewise.
+    """
+
+    def __init__(self, message: str, *, input_tokens: int | None = None, output_tokens: int | None = None) -> None:
+        super().__init__(message)
+        self.input_tokens = input_tokens
+        self.output_tokens = output_tokens
 
 
 def judge_name(judge: Judge) -> str:
@@ -84,6 +96,24 @@ def judge_name(judge: Judge) -> str:
     if not isinstance(name, str) or not name:
         raise ValueError(f"a judge needs a name, a str that is not empty: set `name` on {type(judge).__name__}")
     return name
+
+
+def judge_prices(judge: Judge) -> tuple[float, float] | None:
+    """`judge.prices`, or None.
+
+    Raises:
+        ValueError: they are not two numbers from 0.
+    """
+    prices = getattr(judge, "prices", None)
+    if prices is None:
+        return None
+    numbers = [*prices] if isinstance(prices, (list, tuple)) else [prices]
+    if len(numbers) != 2 or not all(type(one) in (int, float) and 0 <= one < math.inf for one in numbers):
+        raise ValueError(
+            "prices are two numbers from 0, of a million input and of a million output tokens, such as [2, 8]; "
+            f"got {prices!r}"
+        )
+    return float(numbers[0]), float(numbers[1])
 
 
 def judge_parameters(judge: Judge) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from echo4o_hf.judges.judge import Judge
@@ -14,6 +15,8 @@ FORMS = (
     "shapes (rule-based, for pictures of the shapes world)",
 )
 
+_EXTRA = ("httpx2", "openai")  # packages that only judges behind an endpoint need
+
 
 def load_judge(spec: str | Judge, **options: Any) -> Judge:
     """The judge that `spec` names; a callable is returned as it is.
@@ -23,7 +26,7 @@ def load_judge(spec: str | Judge, **options: Any) -> Judge:
         options: Keyword arguments of the judge's class.
 
     Raises:
-        ValueError: an unknown form, or options for a callable.
+        ValueError: an unknown form, options for a callable, or a package that is not installed.
         JudgeStopped: the judge cannot work, such as without a key.
     """
     if not isinstance(spec, str):
@@ -32,6 +35,14 @@ def load_judge(spec: str | Judge, **options: Any) -> Judge:
         if options:
             raise ValueError(f"a callable judge takes no options, got {', '.join(options)}")
         return spec
+    try:
+        return _load(spec, options)
+    except ImportError as error:
+        advice = "pip install 'echo4o-hf[judges]'" if error.name in _EXTRA else "install what is missing"
+        raise ValueError(f"{spec} cannot be used: {error}; {advice}") from error
+
+
+def _load(spec: str, options: Mapping[str, Any]) -> Judge:
     kind, _, model = spec.partition(":")
     if spec == "shapes":
         from echo4o_hf.judges.shapes import ShapesJudge

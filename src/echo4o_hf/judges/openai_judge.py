@@ -4,24 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import threading
-import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import openai
 from PIL import Image
 
-from echo4o_hf.judges.chat import (
-    BROKEN_REPLIES,
-    BrokenReply,
-    chat_messages,
-    hide,
-    public_url,
-    read_completion,
-    server_message,
-)
-from echo4o_hf.judges.judge import JudgeFailed, JudgeStopped, Reply
+from echo4o_hf.judges.chat import BrokenReply, chat_messages, complete, hide, is_flagged, public_url, server_message
+from echo4o_hf.judges.judge import JudgeFailed, JudgeStopped, Reply, judge_prices
 
 _CONNECT_SECONDS = 10.0
 # Of a 400: the same request without the image would be refused too.
@@ -45,13 +35,11 @@ class OpenAIJudge:
         extra_body: Further fields of the request, such as `{"max_completion_tokens": 4096, "seed": 0}`.
         max_retries: After the first attempt.
         timeout: Seconds without any answer after which an attempt is given up.
-        prices: Of a million input and a million output tokens, for `cost`.
-
-    Attributes:
-        usage: Calls, input tokens and output tokens that the endpoint counted, replies that were no use included.
+        prices: Of a million input and a million output tokens, such as (2.0, 8.0), for the cost in results.
 
     Raises:
         JudgeStopped: there is no key, and the endpoint is OpenAI's.
+        ValueError: `prices` are not two numbers from 0.
     """
 
     reads_system = True
@@ -68,21 +56,21 @@ class OpenAIJudge:
         extra_body: Mapping[str, Any] | None = None,
         max_retries: int = 6,
         timeout: float = 120.0,
-        prices: tuple[float, float] | None = None,
+        prices: Sequence[float] | None = None,
     ) -> None:
         base_url = base_url or os.environ.get("OPENAI_BASE_URL")
-        api_key = api_key or os.environ.get("OPENAI_API_KEY") or ("none" if base_url else None)
-        if api_key is None:
+        self._key = api_key or os.environ.get("OPENAI_API_KEY")
+        if not self._key and not base_url:
             raise JudgeStopped("there is no key: set OPENAI_API_KEY, or OPENAI_BASE_URL for an endpoint of your own")
         self.model = model
         self.name = f"openai:{model}"
         self.prices = prices
-        self.usage = {"calls": 0, "input_tokens": 0, "output_tokens": 0}
+        judge_prices(self)  # wrong ones are told before anything is paid
         options = {"temperature": temperature, "max_tokens": max_tokens, "response_format": response_format}
         self._options = {key: value for key, value in options.items() if value is not None}
         self._extra_body = dict(extra_body or {})
         self._client = openai.OpenAI(
-            api_key=api_key,
+            api_key=self._key or "none",  # the client wants one
             base_url=base_url,
             max_retries=max_retries,
             timeout=openai.Timeout(timeout, connect=_CONNECT_SECONDS),
@@ -90,7 +78,6 @@ class OpenAIJudge:
         )
         self.endpoint = public_url(str(self._client.base_url))
         self._reached = False  # whether any request got an answer
-        self._lock = threading.Lock()
 
     def __repr__(self) -> str:
         return f"OpenAIJudge({self.model!r}, base_url={self.endpoint!r})"
@@ -108,23 +95,9 @@ class OpenAIJudge:
             JudgeFailed: no reply after all retries.
         """
         messages = chat_messages(system, prompt, images)
-        start = time.perf_counter()
-        for attempt in range(1, BROKEN_REPLIES + 1):
-            try:
-                return self._read(self._send(messages), start)
-            except BrokenReply as error:
-                if attempt == BROKEN_REPLIES:
-                    raise JudgeFailed(f"{self._hide(str(error))} ({attempt} attempts)") from None
-        raise AssertionError("the loop returns or raises")
+        return complete(lambda: self._completion(messages), self._hide)
 
-    def cost(self, input_tokens: int, output_tokens: int) -> float | None:
-        """Estimated price of so many tokens, in the currency of `prices`; None without them."""
-        if self.prices is None:
-            return None
-        return (input_tokens * self.prices[0] + output_tokens * self.prices[1]) / 1e6
-
-    def _send(self, messages: list[dict[str, Any]]) -> str:
-        """The body of the answer."""
+    def _completion(self, messages: list[dict[str, Any]]) -> Any:
         request: dict[str, Any] = {"model": self.model, "messages": messages, **self._options}
         try:
             response = self._client.chat.completions.with_raw_response.create(**request, extra_body=self._extra_body)
@@ -134,28 +107,18 @@ class OpenAIJudge:
         except openai.APIConnectionError as error:
             raise self._unreachable(error) from None
         self._reached = True
-        return response.text
-
-    def _read(self, body: str, start: float) -> Reply:
         try:
-            completion = json.loads(body)
+            return json.loads(response.text)
         except ValueError as error:
-            raise BrokenReply(f"the endpoint's answer is not JSON: {body[:80]!r}") from error
-        usage = completion.get("usage") if isinstance(completion, dict) else None
-        with self._lock:
-            self.usage["calls"] += 1
-            if isinstance(usage, dict):
-                self.usage["input_tokens"] += usage.get("prompt_tokens") or 0
-                self.usage["output_tokens"] += usage.get("completion_tokens") or 0
-        return read_completion(completion, time.perf_counter() - start)
+            raise BrokenReply(f"the endpoint's answer is not JSON: {response.text!r}") from error
 
     def _refused(self, error: openai.APIStatusError) -> JudgeStopped | JudgeFailed:
         """What an error status means for the run."""
         status, code = error.status_code, str(error.code or error.type or "")
-        said = f"{self.endpoint} says ({status}): {self._hide(server_message(error.body or error.message))}"
+        said = f"{self.endpoint} says ({status}): {server_message(error.body or error.message, self._hide)}"
         if status == 401:
             return JudgeStopped(f"the key was refused; check OPENAI_API_KEY. {said}")
-        if status == 403:
+        if status == 403 and not is_flagged(error.body):
             return JudgeStopped(f"the key may not use {self.model}; check its permissions. {said}")
         if status == 402 or any(name in (error.code, error.type) for name in _QUOTA):
             return JudgeStopped(f"the quota is used up; add credit, then run again with the same store. {said}")
@@ -174,7 +137,7 @@ class OpenAIJudge:
         return JudgeStopped(f"cannot reach {self.endpoint}; check the network and OPENAI_BASE_URL ({reason})")
 
     def _hide(self, text: str) -> str:
-        return hide(text, self._client.api_key)
+        return hide(text, self._key, str(self._client.base_url))
 
 
 def _do_not_retry_without_quota(response: Any) -> None:

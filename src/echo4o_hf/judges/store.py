@@ -12,8 +12,8 @@ import json
 import sqlite3
 import threading
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import closing, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -73,7 +73,7 @@ class VerdictStore:
         path: Made where it does not exist, with its folder.
 
     Raises:
-        OSError: the file cannot be opened or written.
+        OSError: the file cannot be opened, and likewise later: it cannot be read or written, such as on a full disk.
         ValueError: the file is something else than a store of this version.
     """
 
@@ -104,8 +104,8 @@ class VerdictStore:
             try:
                 self._connection.execute("PRAGMA journal_mode = WAL")
                 break
-            except sqlite3.OperationalError:
-                if time.monotonic() > deadline:
+            except sqlite3.OperationalError as error:
+                if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
                     raise
                 time.sleep(0.01)
         # In WAL mode a killed process loses nothing with this; a machine without power may lose the latest replies.
@@ -127,7 +127,7 @@ class VerdictStore:
 
     def get(self, key: str) -> StoredReply | None:
         """What is stored under `key`."""
-        with self._lock:
+        with self._use():
             return self._get(key)
 
     def put(self, key: str, reply: str, *, judge: str, parameters: Mapping[str, Any]) -> StoredReply:
@@ -138,7 +138,7 @@ class VerdictStore:
         known = reply if isinstance(reply, Reply) else Reply(reply)
         row = (key, str(known), known.truncated, known.input_tokens, known.output_tokens, known.latency)
         origin = (judge, json.dumps(parameters, sort_keys=True), datetime.now(UTC).isoformat(timespec="milliseconds"))
-        with self._lock:
+        with self._use():
             self._connection.execute(
                 "INSERT INTO replies VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, NULL) ON CONFLICT (key) DO NOTHING",
                 (*row, *origin),
@@ -150,11 +150,11 @@ class VerdictStore:
     def put_verdicts(self, verdicts: Mapping[str, Any]) -> None:
         """Note the parsed verdict (JSON) beside each reply; keys that are not stored are passed over."""
         rows = [(json.dumps(verdict, sort_keys=True), key) for key, verdict in verdicts.items()]
-        with self._lock, _Transaction(self._connection):
+        with self._use(), _Transaction(self._connection):
             self._connection.executemany("UPDATE replies SET verdict = ? WHERE key = ?", rows)
 
     def __len__(self) -> int:
-        with self._lock:
+        with self._use():
             (count,) = self._connection.execute("SELECT count(*) FROM replies").fetchone()
         return int(count)
 
@@ -168,6 +168,17 @@ class VerdictStore:
 
     def __exit__(self, *details: object) -> None:
         self.close()
+
+    @contextmanager
+    def _use(self) -> Iterator[None]:
+        """One thread at a time; what SQLite cannot do is an error of the file."""
+        with self._lock:
+            try:
+                yield
+            except sqlite3.ProgrammingError:
+                raise
+            except sqlite3.DatabaseError as error:
+                raise OSError(f"cannot use the store {str(self.path)!r}: {error}") from error
 
     def _get(self, key: str) -> StoredReply | None:
         columns = "reply, truncated, input_tokens, output_tokens, latency, judge, parameters, created, verdict"
