@@ -36,7 +36,7 @@ from .official import TOKENIZER_FILES, load_tokenizer, official_config_dict, vae
 
 if TYPE_CHECKING:
     import torch
-    from diffusers import AutoencoderKL
+    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 
     from .configuration_bagel import BagelConfig
     from .processing_bagel import BagelProcessor
@@ -49,8 +49,10 @@ __all__ = [
     "is_official_layout",
     "layout",
     "layout_of",
+    "load_autoencoder",
     "load_components",
     "load_processor",
+    "load_scheduler",
     "official_config_dict",
     "resolve",
     "write_official",
@@ -228,7 +230,6 @@ def load_components(
         OSError: files are missing or damaged, or there is no network.
         ValueError: configuration and tensors do not fit, or weights are not finite.
     """
-    from diffusers import FlowMatchEulerDiscreteScheduler
     from diffusers.quantizers import PipelineQuantizationConfig
 
     from .modeling_bagel import BagelForConditionalGeneration
@@ -239,15 +240,11 @@ def load_components(
     model = BagelForConditionalGeneration.from_pretrained(
         component_folder(folder, "model"), dtype=dtype, device_map=device_map, quantization_config=quantization_config
     )
-    vae = _load_vae(folder, dtype)
-    check_finite(vae, component_folder(folder, "vae"))
+    vae = load_autoencoder(folder, dtype)
     if device_map is not None:
         vae.to(model.device)
-    if layout(folder) == "pipeline":
-        scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(component_folder(folder, "scheduler"))
-    else:
-        scheduler = FlowMatchEulerDiscreteScheduler(shift=OFFICIAL_SHIFT)
-    return {"model": model, "vae": vae, "scheduler": scheduler, "processor": load_processor(folder, model.config)}
+    processor = load_processor(folder, model.config)
+    return {"model": model, "vae": vae, "scheduler": load_scheduler(folder), "processor": processor}
 
 
 def load_processor(folder: Path, config: BagelConfig) -> BagelProcessor:
@@ -258,6 +255,27 @@ def load_processor(folder: Path, config: BagelConfig) -> BagelProcessor:
     if layout(folder) == "pipeline":
         return BagelProcessor.from_pretrained(component_folder(folder, "processor"))
     return BagelProcessor(BagelImageProcessor.from_bagel_config(config), load_tokenizer(folder))
+
+
+def load_scheduler(folder: Path) -> FlowMatchEulerDiscreteScheduler:
+    """The scheduler of a saved pipeline; in the other layouts, with the official shift."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    if layout(folder) == "pipeline":
+        return FlowMatchEulerDiscreteScheduler.from_pretrained(component_folder(folder, "scheduler"))
+    return FlowMatchEulerDiscreteScheduler(shift=OFFICIAL_SHIFT)
+
+
+def load_autoencoder(folder: Path, dtype: torch.dtype | str | None = None) -> AutoencoderKL:
+    """The VAE of a checkpoint; without `dtype`, in that of its file.
+
+    Raises:
+        OSError: its file is missing or damaged.
+        ValueError: weights are not finite.
+    """
+    vae = _load_vae(folder, dtype)
+    check_finite(vae, component_folder(folder, "vae"))
+    return vae
 
 
 def _load_vae(folder: Path, dtype: torch.dtype | str | None) -> AutoencoderKL:
