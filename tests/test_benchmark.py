@@ -53,12 +53,13 @@ def test_products_are_those_of_the_model(script):
     config = random_model.small_config(*size.model, max_latent_size=size.side)
     model = random_model.make_pipeline(config, vae_channels=(8, 8, 8, 8), vae_layers=1).model
     model.set_attn_implementation("eager")
-    embedder = 2 * (256 * 256 + 256 * 256)  # of one token; the model repeats it for each
+    embedder = 2 * (256 * 256 + 256 * 256)
     latents = torch.randn(1, 36, config.latent_dim)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model.predict_velocity(latents, torch.ones(1), Context.empty(1), [(6, 6)])
+        block = model.prepare_noisy_block([Context.empty(1)], [(6, 6)])
+        model.predict_velocity(latents, torch.ones(1), block)
     needed = random_model.forward_products(config, 2, 36, [(38, 38)])
-    assert counter.get_total_flops() == random_model.flops(needed) + 36 * embedder
+    assert counter.get_total_flops() == random_model.flops(needed) + embedder
 
     batch = random_model.training_pack(config, size.images, size.prompt, size.side, size.answer)
     tokens = 2 * (11 + 2 + 36) + 11 + 7

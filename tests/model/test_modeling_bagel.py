@@ -77,7 +77,9 @@ def test_cached_context_equals_one_pass(model, segments, backend):
         for segment in order:
             context = model.prefill(context, [segment])
         before = [layer.keys.clone() for layer in context.cache.layers]
-        cached = model.predict_velocity(target.latents[None], torch.tensor([0.3]), context, [target.grid])
+        cached = model.predict_velocity(
+            target.latents[None], torch.tensor([0.3]), model.prepare_noisy_block([context], [target.grid])
+        )
         batch = collate([[*order, target]])
         # a target at timestep t is lerp(clean, noise, t): with equal ends it is what it is
         whole = model(**batch, noise=batch["latents"], timestep=torch.full((1, 10), 0.3)).velocity[:, 4:]
@@ -96,12 +98,13 @@ def test_a_batch_of_different_contexts_and_sizes_equals_single_calls(model, segm
             for segment in row:
                 context = model.prefill(context, [segment])
             contexts.append(context)
-            singles.append(
-                model.predict_velocity(target.latents[None], torch.tensor([0.7]), context, [target.grid])[0]
-            )
+            block = model.prepare_noisy_block([context], [target.grid])
+            singles.append(model.predict_velocity(target.latents[None], torch.tensor([0.7]), block)[0])
         noise = torch.nn.utils.rnn.pad_sequence([target.latents for target in targets], batch_first=True)
         grids = [target.grid for target in targets]
-        joined = model.predict_velocity(noise, torch.full((3,), 0.7), Context.concatenate(contexts), grids)
+        block = model.prepare_noisy_block(contexts, grids)
+        joined = model.predict_velocity(noise, torch.full((3,), 0.7), block)
+        assert torch.equal(model.predict_velocity(noise, torch.full((3,), 0.7), block), joined)
     for single, row in zip(singles, joined, strict=True):
         torch.testing.assert_close(row[: len(single)], single, atol=2e-5, rtol=0)
 

@@ -70,10 +70,10 @@ def draw(model, row):
     context = Context.empty(1, device)
     for segment in row[:-1]:
         context = model.prefill(context, [segment])
-    both = Context.concatenate([context, Context.empty(1, device)])
     target = row[-1]
     latents = torch.stack([target.latents] * 2).to(device)
-    return model.predict_velocity(latents, torch.full((2,), 0.7, device=device), both, [target.grid] * 2)
+    block = model.prepare_noisy_block([context, Context.empty(1, device)], [target.grid] * 2)
+    return model.predict_velocity(latents, torch.full((2,), 0.7, device=device), block)
 
 
 @torch.no_grad()
@@ -82,7 +82,8 @@ def draw_alone(model, row):
     context = model.prefill(Context.empty(1, model.device), [row[0]])
     target = row[-1]
     timestep = torch.full((1,), 0.7, device=model.device)
-    return model.predict_velocity(target.latents[None].to(model.device), timestep, context, [target.grid])
+    block = model.prepare_noisy_block([context], [target.grid])
+    return model.predict_velocity(target.latents[None].to(model.device), timestep, block)
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa", "flex_attention"])

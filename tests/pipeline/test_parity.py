@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from echo4o_hf.model.image_processing_bagel import BagelImageProcessor
 from echo4o_hf.model.packing import patchify
+from echo4o_hf.pipeline.denoiser import Denoiser
 from echo4o_hf.pipeline.guidance import TEXT_TO_IMAGE
 from echo4o_hf.pipeline.pipeline_echo4o import Echo4oPipeline
 
@@ -128,18 +129,23 @@ def test_every_step(pipe, numbers, prompts):
     assert_close(velocities, numbers["d.sq.velocities.global"])
 
 
+@torch.no_grad()
+def velocity_of(pipe, noise, timestep, context, grid):
+    return pipe.model.predict_velocity(noise, timestep, pipe.model.prepare_noisy_block([context], [grid]))
+
+
 @pytest.mark.parametrize("size", ["sq", "ns"])
 def test_velocities_of_text_to_image(pipe, facts, numbers, prompts, size):
     contexts = pipe.encode_contexts([[prompts["t2i"]]])
     height, width = facts["d"]["sizes"][size]["H_W"]
     grid, noise, timestep = (height // 16, width // 16), numbers[f"d.{size}.noise"][None], torch.tensor([0.75])
-    conditional = pipe.model.predict_velocity(noise, timestep, contexts.conditional, [grid])
+    conditional = velocity_of(pipe, noise, timestep, contexts.conditional, grid)
     assert_close(conditional[0], numbers[f"d.{size}.v_cond"], 2e-5)
-    without_text = pipe.model.predict_velocity(noise, timestep, contexts.without_text, [grid])
+    without_text = velocity_of(pipe, noise, timestep, contexts.without_text, grid)
     assert_close(without_text[0], numbers[f"d.{size}.v_uncond"], 2e-5)
     for renorm in ("global", "channel", "text_channel"):
         guidance = replace(TEXT_TO_IMAGE, renorm=renorm)
-        guided = pipe.predict_velocity(noise, timestep[0], contexts, [0], [grid], [guidance])
+        guided = Denoiser(pipe.model, contexts, [0], [grid], [guidance])(noise, timestep[0])
         assert_close(guided[0], numbers[f"d.{size}.v_cfg.{renorm}"], 2e-5)
 
 
@@ -151,8 +157,9 @@ def test_a_batch_of_two_sizes(pipe, facts, numbers, prompts, renorm):
     guidances = [replace(TEXT_TO_IMAGE, renorm=renorm)] * 2
     contexts = pipe.encode_contexts([[prompts["t2i"]], [prompts["t2i_b"]]])
     latents = pipe.prepare_latents(sizes, None, torch.nn.utils.rnn.pad_sequence(noise, batch_first=True))
+    denoiser = Denoiser(pipe.model, contexts, [0, 1], sizes, guidances)
     for step, timestep in enumerate(pipe.prepare_timesteps(STEPS)):
-        velocity = pipe.predict_velocity(latents, pipe.scheduler.sigmas[step], contexts, [0, 1], sizes, guidances)
+        velocity = denoiser(latents, pipe.scheduler.sigmas[step])
         latents = pipe.scheduler.step(velocity, timestep, latents, return_dict=False)[0]
     assert not latents[0, 16:].any()
     if renorm == "channel":
@@ -249,7 +256,7 @@ def test_contexts_and_velocities_with_references(pipe, facts, numbers, prompts, 
     ):
         expected = facts["e"]["contexts"][name]
         assert (len(context), context.next_position.tolist()) == (expected["kv_len"], [expected["next_rope"]])
-        actual = pipe.model.predict_velocity(noise, timestep, context, [grid])
+        actual = velocity_of(pipe, noise, timestep, context, grid)
         assert_close(actual[0], numbers[f"e.{velocity}"], 2e-5)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,24 +45,6 @@ class Context:
         layers = [(keys[index], values[index]) for keys, values in self._layers()]
         return Context(_cache(layers), self.attention_mask[index], self.next_position[index])
 
-    @staticmethod
-    def concatenate(contexts: Sequence[Context]) -> Context:
-        """All rows of several contexts as one batch, padded on the left to the longest."""
-        length = max(len(context) for context in contexts)
-        with_tokens = [context for context in contexts if len(context)]
-        mask = torch.cat([_pad_left(context.attention_mask, length, dim=1) for context in contexts])
-        position = torch.cat([context.next_position for context in contexts])
-        layers = []
-        for layer, (reference, _) in enumerate(with_tokens[0]._layers() if with_tokens else []):
-            pieces: tuple[list[Tensor], list[Tensor]] = ([], [])
-            for context in contexts:
-                empty = reference.new_zeros(context.attention_mask.shape[0], reference.shape[1], 0, reference.shape[3])
-                pair = context._layers()[layer] if len(context) else (empty, empty)
-                for piece, states in zip(pieces, pair, strict=True):
-                    piece.append(_pad_left(states, length, dim=2))
-            layers.append((torch.cat(pieces[0]), torch.cat(pieces[1])))
-        return Context(_cache(layers), mask, position)
-
     def _layers(self) -> list[tuple[Tensor, Tensor]]:
         return [(layer.keys, layer.values) for layer in self.cache.layers]
 
@@ -73,7 +56,59 @@ def _cache(layers: list[tuple[Tensor, Tensor]]) -> DynamicCache:
     return cache
 
 
-def _pad_left(x: Tensor, length: int, dim: int) -> Tensor:
-    shape = list(x.shape)
-    shape[dim] = length - shape[dim]
-    return x if shape[dim] == 0 else torch.cat([x.new_zeros(shape), x], dim=dim)
+class Branch(NamedTuple):
+    """Rows of a batch that lie side by side, and what they see in one layer besides themselves.
+
+    Attributes:
+        num_rows: how many.
+        keys: (rows, key-value heads, cached tokens, head size) or None; with `has_room`, places for the keys of the
+            rows themselves follow, which each call writes.
+        values: likewise.
+        mask: of the attention, in the form that its implementation takes.
+        is_causal: whether it is causal instead.
+        has_room: whether `keys` and `values` have places at their ends.
+    """
+
+    num_rows: int
+    keys: Tensor | None
+    values: Tensor | None
+    mask: Any = None
+    is_causal: bool = False
+    has_room: bool = False
+
+    @classmethod
+    def with_room(cls, context: Context, layer: int, num_tokens: int, mask: Any) -> Branch:
+        """A context, written once into tensors with places for `num_tokens` more."""
+        num_rows = len(context.next_position)
+        if not len(context):
+            return cls(num_rows, None, None, mask)
+        cached = context.cache.layers[layer]
+        keys, values = (
+            torch.cat([x, x.new_empty(*x.shape[:2], num_tokens, x.shape[3])], dim=2)
+            for x in (cached.keys, cached.values)
+        )
+        return cls(num_rows, keys, values, mask, has_room=True)
+
+    def append(self, cached: Tensor, new: Tensor) -> Tensor:
+        """The cached keys or values, and the new ones after them."""
+        if not self.has_room:
+            return torch.cat([cached, new], dim=2)
+        cached[:, :, -new.shape[2] :] = new
+        return cached
+
+
+@dataclass
+class NoisyBlock:
+    """What noisy images bring to each of their updates, and what they see.
+
+    Attributes:
+        markers: (batch, 2, hidden) the embedded start and end of image.
+        latent_positions: (batch, tokens, hidden) position embeddings.
+        position_embeddings: rope, 2 x (batch, 2 + tokens, head size).
+        branches: for each layer, the contexts.
+    """
+
+    markers: Tensor
+    latent_positions: Tensor
+    position_embeddings: tuple[Tensor, Tensor]
+    branches: list[list[Branch]]

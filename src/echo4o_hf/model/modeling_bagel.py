@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -40,7 +40,7 @@ from transformers.utils import ModelOutput
 
 from .checkpoint import HUB_OPTIONS, layout, resolve
 from .configuration_bagel import BagelConfig
-from .context import Context
+from .context import Branch, Context, NoisyBlock
 from .files import check_finite, check_loading_info
 from .packing import IGNORE, IMAGE, PADDING, TARGET, TEXT, Grid, Segment, collate, grid_position_ids
 
@@ -75,10 +75,9 @@ class BagelOutput(ModelOutput):
 class BagelAttention(nn.Module):
     """One attention over the tokens of both experts; each projects and normalises its own."""
 
-    def __init__(self, config: Qwen2Config, layer_idx: int) -> None:
+    def __init__(self, config: Qwen2Config) -> None:
         super().__init__()
         self.config = config
-        self.layer_idx = layer_idx
         hidden, heads, kv_heads = config.hidden_size, config.num_attention_heads, cast(int, config.num_key_value_heads)
         self.head_dim = hidden // heads
         self.num_key_value_groups = heads // kv_heads
@@ -104,12 +103,9 @@ class BagelAttention(nn.Module):
         understanding: Tensor,
         generation: Tensor,
         position_embeddings: tuple[Tensor, Tensor],
-        attention_mask: Any,
-        is_causal: bool,
-        past_key_values: Cache | None,
-        update_cache: bool,
-    ) -> tuple[Tensor, Tensor]:
-        """(B, U, D), (B, G, D) -> the same."""
+        branches: Sequence[Branch],
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(B, U, D), (B, G, D) -> the same, and the new keys and values, (B, H, L, E) each."""
         batch, num_understanding, _ = understanding.shape
         heads = (batch, -1, self.config.num_attention_heads, self.head_dim)
         kv_heads = (batch, -1, cast(int, self.config.num_key_value_heads), self.head_dim)
@@ -128,24 +124,29 @@ class BagelAttention(nn.Module):
         rotated = apply_rotary_pos_emb(q, k, *position_embeddings)  # float32, as its tables are
         q, k = rotated[0].to(v.dtype), rotated[1].to(v.dtype)
 
-        if past_key_values is not None and update_cache:
-            k, v = past_key_values.update(k, v, self.layer_idx)  # (B, H, K + L, E)
-        elif past_key_values is not None and past_key_values.get_seq_length(self.layer_idx):
-            layer = past_key_values.layers[self.layer_idx]
-            k, v = torch.cat([layer.keys, k], dim=2), torch.cat([layer.values, v], dim=2)
-
-        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        out, _ = attention(self, q, k, v, attention_mask, scaling=self.scaling, dropout=0.0, is_causal=is_causal)
+        sizes = [branch.num_rows for branch in branches]
+        rows = zip(q.split(sizes), k.split(sizes), v.split(sizes), branches, strict=True)
+        out = torch.cat([self.attend(*of_branch) for of_branch in rows])
         out = out.reshape(batch, out.shape[1], -1)  # (B, L, D)
-        return self.o_proj(out[:, :num_understanding]), self.o_proj_moe_gen(out[:, num_understanding:])
+        return self.o_proj(out[:, :num_understanding]), self.o_proj_moe_gen(out[:, num_understanding:]), k, v
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, branch: Branch) -> Tensor:
+        """What the rows of one branch see: (rows, H, L, E) each -> (rows, L, H, E)."""
+        if branch.keys is not None and branch.values is not None:
+            k, v = branch.append(branch.keys, k), branch.append(branch.values, v)  # (rows, H, K + L, E)
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        out: Tensor = attention(
+            self, q, k, v, branch.mask, scaling=self.scaling, dropout=0.0, is_causal=branch.is_causal
+        )[0]
+        return out
 
 
 class BagelDecoderLayer(GradientCheckpointingLayer):
     """One layer of both experts, written side by side."""
 
-    def __init__(self, config: Qwen2Config, layer_idx: int) -> None:
+    def __init__(self, config: Qwen2Config) -> None:
         super().__init__()
-        self.self_attn = BagelAttention(config, layer_idx)
+        self.self_attn = BagelAttention(config)
 
         self.mlp = Qwen2MLP(config)
         self.input_layernorm = Qwen2RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -155,9 +156,11 @@ class BagelDecoderLayer(GradientCheckpointingLayer):
         self.input_layernorm_moe_gen = Qwen2RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm_moe_gen = Qwen2RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
-    def forward(self, understanding: Tensor, generation: Tensor, **attention_inputs: Any) -> tuple[Tensor, Tensor]:
-        """(B, U, D), (B, G, D) -> the same."""
-        attended_u, attended_g = self.self_attn(
+    def forward(
+        self, understanding: Tensor, generation: Tensor, **attention_inputs: Any
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """As its attention."""
+        attended_u, attended_g, keys, values = self.self_attn(
             self.input_layernorm(understanding), self.input_layernorm_moe_gen(generation), **attention_inputs
         )
         understanding = understanding + attended_u
@@ -165,7 +168,7 @@ class BagelDecoderLayer(GradientCheckpointingLayer):
 
         understanding = understanding + self.mlp(self.post_attention_layernorm(understanding))
         generation = generation + self.mlp_moe_gen(self.post_attention_layernorm_moe_gen(generation))
-        return understanding, generation
+        return understanding, generation, keys, values
 
 
 class BagelTextModel(nn.Module):
@@ -174,20 +177,34 @@ class BagelTextModel(nn.Module):
     def __init__(self, config: Qwen2Config) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList([BagelDecoderLayer(config, index) for index in range(config.num_hidden_layers)])
+        self.layers = nn.ModuleList([BagelDecoderLayer(config) for _ in range(config.num_hidden_layers)])
         self.norm = Qwen2RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.norm_moe_gen = Qwen2RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = Qwen2RotaryEmbedding(config)
 
     def forward(
-        self, understanding: Tensor, generation: Tensor, position_ids: Tensor, **attention_inputs: Any
+        self,
+        understanding: Tensor,
+        generation: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        branches: Iterable[Sequence[Branch]],
+        cache: Cache | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """(B, U, D), (B, G, D) and rope positions (B, L) -> final hidden states (B, U, D), (B, G, D)."""
-        position_embeddings = self.rotary_emb(position_ids.float(), position_ids)  # 2 x (B, L, E), float32
-        for layer in self.layers:
-            understanding, generation = layer(
-                understanding, generation, position_embeddings=position_embeddings, **attention_inputs
+        """Final hidden states: (B, U, D), (B, G, D) -> the same.
+
+        Args:
+            understanding: Embedded texts, markers and vision patches.
+            generation: Embedded latents.
+            position_embeddings: What `rotary_emb` gives, 2 x (B, L, E) float32.
+            branches: For each layer, what the rows see.
+            cache: Keys and values are appended to it.
+        """
+        for index, (layer, of_layer) in enumerate(zip(self.layers, branches, strict=True)):
+            understanding, generation, keys, values = layer(
+                understanding, generation, position_embeddings=position_embeddings, branches=of_layer
             )
+            if cache is not None:
+                cache.update(keys, values, index)
         return self.norm(understanding), self.norm_moe_gen(generation)
 
 
@@ -502,7 +519,9 @@ class BagelForConditionalGeneration(BagelPreTrainedModel, GenerationMixin):
             output.logits = self.language_model.lm_head(
                 hidden_u[:, keep if isinstance(logits_to_keep, int) else logits_to_keep]
             )
-        if latents is not None and noise is not None and target_mask is not None and target_mask.any():
+        # Per token, the loss is there without targets too: processes that train together wait for all gradients.
+        wanted = target_mask is not None and (loss_reduction == "none" or bool(target_mask.any()))
+        if wanted and latents is not None and noise is not None and target_mask is not None:
             output.velocity = self.llm2vae(hidden_g).float()
             error = (output.velocity - (noise.float() - latents.float())).pow(2).mean(-1) * target_mask  # (B, G)
             output.flow_loss = error if loss_reduction == "none" else error.sum() / target_mask.sum()
@@ -550,18 +569,24 @@ class BagelForConditionalGeneration(BagelPreTrainedModel, GenerationMixin):
         Raises:
             ValueError: The grids are larger than the latents or than the position table.
         """
-        side, interpolate = self.config.max_latent_size, self.config.interpolate_pos
-        rows = [
-            [grid_position_ids(grid, side, interpolate) for grid in row if grid[0]] for row in latent_grids.tolist()
-        ]
-        position_ids = torch.zeros(latents.shape[:2], dtype=torch.long)
-        for row_ids, row in zip(position_ids, rows, strict=True):
-            count = sum(map(len, row))
-            if count > len(row_ids):
-                raise ValueError(f"latent_grids name {count} tokens, but latents have {len(row_ids)} a row")
-            row_ids[:count] = torch.cat([*row, row_ids[:0]])
+        rows = [[grid for grid in row if grid[0]] for row in latent_grids.tolist()]
         embeds = self.vae2llm(latents.to(self.vae2llm.weight.dtype)) + self.time_embedder(timestep)
-        return cast(Tensor, embeds + self.latent_pos_embed(position_ids.to(latents.device)))
+        return cast(Tensor, embeds + self.latent_positions(rows, latents.shape[1], latents.device))
+
+    def latent_positions(self, grids: Sequence[Sequence[Grid]], num_tokens: int, device: torch.device) -> Tensor:
+        """Position embeddings of the latents of each row's images, one after the other: (batch, num_tokens, hidden).
+
+        Raises:
+            ValueError: The grids are larger than the position table, or have more than `num_tokens`.
+        """
+        side, interpolate = self.config.max_latent_size, self.config.interpolate_pos
+        position_ids = torch.zeros(len(grids), num_tokens, dtype=torch.long)
+        for row_ids, row in zip(position_ids, grids, strict=True):
+            ids = torch.cat([*(grid_position_ids(grid, side, interpolate) for grid in row), row_ids[:0]])
+            if len(ids) > num_tokens:
+                raise ValueError(f"latent_grids name {len(ids)} tokens, but latents have {num_tokens} a row")
+            row_ids[: len(ids)] = ids
+        return cast(Tensor, self.latent_pos_embed(position_ids.to(device)))
 
     def _run(
         self,
@@ -591,14 +616,16 @@ class BagelForConditionalGeneration(BagelPreTrainedModel, GenerationMixin):
             real = torch.cat([past, segment_ids != PADDING], dim=1)
             position_ids = (real.cumsum(1) - 1).clamp(min=0)[:, cached:]
         mask, is_causal = self.attention_mask(past, segment_ids, roles, sample_ids, understanding.dtype)
-        return self.language_model.model(
+        text_model = self.language_model.model
+        branches = [
+            [Branch(batch, *_past(past_key_values, layer), mask, is_causal)] for layer in range(len(text_model.layers))
+        ]
+        return text_model(
             understanding,
             generation,
-            position_ids,
-            attention_mask=mask,
-            is_causal=is_causal,
-            past_key_values=past_key_values,
-            update_cache=update_cache,
+            text_model.rotary_emb(position_ids.float(), position_ids),
+            branches,
+            past_key_values if update_cache else None,
         )
 
     def attention_mask(
@@ -684,38 +711,58 @@ class BagelForConditionalGeneration(BagelPreTrainedModel, GenerationMixin):
             context.next_position + torch.tensor(advance, device=context.next_position.device),
         )
 
-    def predict_velocity(self, latents: Tensor, timestep: Tensor, context: Context, grids: Sequence[Grid]) -> Tensor:
-        """Velocity (noise minus data) of noisy images that see their context and leave it as it is.
+    def prepare_noisy_block(
+        self, contexts: Sequence[Context], grids: Sequence[Grid], num_tokens: int | None = None
+    ) -> NoisyBlock:
+        """All of `predict_velocity` that is the same at every update; contexts are copied into it.
+
+        Args:
+            contexts: Each holds some of the images' contexts, one row per image; those of one have the same number of
+                tokens, padding included, so that rows of like length belong together.
+            grids: Rows and columns of all images, in tokens.
+            num_tokens: Of the latents, the largest image's by default.
+        """
+        device = contexts[0].attention_mask.device
+        config, text_model = self.config, self.language_model.model
+        lengths = torch.tensor([rows * columns for rows, columns in grids], device=device)
+        num_tokens = num_tokens or int(lengths.max())
+        markers = torch.tensor([config.start_of_image_token_id, config.end_of_image_token_id], device=device)
+        real = torch.arange(-2, num_tokens, device=device) < lengths[:, None]  # (B, 2 + N)
+        segment_ids = torch.where(real, 0, PADDING)
+        roles = torch.full_like(segment_ids, IMAGE)
+        sizes = [len(context.next_position) for context in contexts]
+        masks = [
+            self.attention_mask(context.attention_mask, segments, of_rows, torch.zeros_like(segments), self.dtype)[0]
+            for context, segments, of_rows in zip(contexts, segment_ids.split(sizes), roles.split(sizes), strict=True)
+        ]
+        position_ids = torch.cat([context.next_position for context in contexts])[:, None].expand(-1, 2 + num_tokens)
+        return NoisyBlock(
+            markers=self.get_input_embeddings()(markers).expand(len(grids), -1, -1),
+            latent_positions=self.latent_positions([[grid] for grid in grids], num_tokens, device),
+            position_embeddings=text_model.rotary_emb(position_ids.float(), position_ids),
+            branches=[
+                [
+                    Branch.with_room(context, layer, 2 + num_tokens, mask)
+                    for context, mask in zip(contexts, masks, strict=True)
+                ]
+                for layer in range(len(text_model.layers))
+            ],
+        )
+
+    def predict_velocity(self, latents: Tensor, timestep: Tensor, block: NoisyBlock) -> Tensor:
+        """Velocity (noise minus data) of noisy images that see their contexts and leave them as they are.
 
         Args:
             latents: (batch, tokens, latent_dim), shorter images padded at the end.
             timestep: (batch,) in [0, 1].
-            context: One row per image.
-            grids: Rows and columns of each image, in tokens.
+            block: What `prepare_noisy_block` gives.
 
         Returns:
             (batch, tokens, latent_dim) float32; without meaning on padding.
         """
-        batch, num_tokens, _ = latents.shape
-        device = latents.device
-        lengths = torch.tensor([rows * columns for rows, columns in grids], device=device)
-        markers = torch.tensor([self.config.start_of_image_token_id, self.config.end_of_image_token_id], device=device)
-        understanding = self.get_input_embeddings()(markers).expand(batch, -1, -1)  # (B, 2, D)
-        timesteps = timestep.to(device)[:, None].expand(-1, num_tokens)
-        generation = self.embed_latents(latents, timesteps, torch.tensor(grids)[:, None])  # (B, tokens, D)
-        real = torch.arange(-2, num_tokens, device=device) < lengths[:, None]  # (B, 2 + tokens)
-        segment_ids = torch.where(real, 0, PADDING)
-        _, hidden = self._run(
-            understanding,
-            generation,
-            context.attention_mask,
-            context.next_position[:, None].expand(-1, num_tokens + 2),
-            context.cache,
-            False,
-            segment_ids,
-            torch.full_like(segment_ids, IMAGE),
-            None,
-        )
+        embeds = self.vae2llm(latents.to(self.vae2llm.weight.dtype)) + block.latent_positions  # (B, N, D)
+        generation = embeds + self.time_embedder(timestep.to(latents.device))[:, None]
+        _, hidden = self.language_model.model(block.markers, generation, block.position_embeddings, block.branches)
         velocity: Tensor = self.llm2vae(hidden).float()
         return velocity
 
@@ -752,6 +799,13 @@ class BagelForConditionalGeneration(BagelPreTrainedModel, GenerationMixin):
             for name in ("segment_ids", "roles", "sample_ids", "vision_mask", "pixel_values", "vision_grids"):
                 inputs.pop(name, None)
         return inputs
+
+
+def _past(cache: Cache | None, layer: int) -> tuple[Tensor | None, Tensor | None]:
+    """Keys and values of a layer that are cached already."""
+    if cache is None or not cache.get_seq_length(layer):
+        return None, None
+    return cache.layers[layer].keys, cache.layers[layer].values
 
 
 def _place(features: Tensor, mask: Tensor | None, embeds: Tensor) -> Tensor:

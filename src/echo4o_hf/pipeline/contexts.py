@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from ..model.context import Context
 
@@ -28,17 +28,13 @@ class PromptContexts:
     text_differs: list[bool]
     images_differ: list[bool]
     plans: list[str] | None = None
-    _joined: tuple[object, Context] | None = field(default=None, repr=False)
 
-    def join(self, rows: Sequence[int], text_rows: Sequence[int], image_rows: Sequence[int]) -> Context:
-        """The given rows (prompts; may repeat) of the three contexts as one batch; kept until other rows are asked."""
-        key = (tuple(rows), tuple(text_rows), tuple(image_rows))
-        if self._joined is None or self._joined[0] != key:
-            self._joined = None  # frees the memory first
-            contexts = zip((self.conditional, self.without_text, self.without_images), key, strict=True)
-            parts = [_select(context, chosen) for context, chosen in contexts if chosen]
-            self._joined = key, parts[0] if len(parts) == 1 else Context.concatenate(parts)
-        return self._joined[1]
+    def select(self, rows: Sequence[int], text_rows: Sequence[int], image_rows: Sequence[int]) -> list[Context]:
+        """The given rows (prompts; may repeat) of the three contexts, those of which there are any."""
+        contexts = zip(
+            (self.conditional, self.without_text, self.without_images), (rows, text_rows, image_rows), strict=True
+        )
+        return [_select(context, tuple(chosen)) for context, chosen in contexts if chosen]
 
 
 def _select(context: Context, rows: tuple[int, ...]) -> Context:

@@ -27,7 +27,8 @@ from ..model.modeling_bagel import BagelForConditionalGeneration
 from ..model.packing import Grid, Segment, patchify, unpatchify
 from ..model.processing_bagel import BagelProcessor
 from .contexts import PromptContexts
-from .guidance import Guidance, guide, read_guidance
+from .denoiser import Denoiser
+from .guidance import read_guidance
 from .lora import LoraMixin
 from .prompts import THINKING_PROMPT, Item, count_positions, last_image, latent_grid, read_prompts
 
@@ -213,11 +214,10 @@ class Echo4oPipeline(LoraMixin, DiffusionPipeline):
 
         # 5. Integrate the velocity from noise to data.
         owners = [index // num_images_per_prompt for index in range(len(grids))]  # the prompt of each image
+        denoiser = Denoiser(self.model, contexts, owners, grids, guidances)
         with self.progress_bar(total=len(timesteps)) as progress_bar:
             for step, timestep in enumerate(timesteps):
-                velocity = self.predict_velocity(
-                    latents, self.scheduler.sigmas[step], contexts, owners, grids, guidances
-                )
+                velocity = denoiser(latents, self.scheduler.sigmas[step])
                 latents = self.scheduler.step(velocity, timestep, latents, return_dict=False)[0]
                 if callback_on_step_end is not None:
                     tensors = {name: latents for name in callback_on_step_end_tensor_inputs}
@@ -372,58 +372,6 @@ class Echo4oPipeline(LoraMixin, DiffusionPipeline):
         self.scheduler.set_begin_index(0)
         timesteps: Tensor = self.scheduler.timesteps
         return timesteps
-
-    @torch.no_grad()
-    def predict_velocity(
-        self,
-        latents: Tensor,
-        timestep: Tensor,
-        contexts: PromptContexts,
-        owners: list[int],
-        grids: list[Grid],
-        guidances: list[Guidance],
-    ) -> Tensor:
-        """The guided velocity (B, N, D), zero on padding.
-
-        All contexts run in one batch; what would equal the conditional velocity, or is not used at this timestep, is
-        not computed.
-
-        Args:
-            latents: (B, N, D).
-            timestep: in [0, 1], the scheduler's sigma.
-            contexts: of the prompts.
-            owners: the prompt of each image.
-            grids: of each image.
-            guidances: of each prompt.
-        """
-        images = range(len(owners))
-        active = [guidances[owner].is_active(timestep) for owner in owners]
-        text_rows = [row for row in images if active[row] and contexts.text_differs[owners[row]]]
-        image_rows = [
-            row
-            for row in images
-            if active[row] and contexts.images_differ[owners[row]] and guidances[owners[row]].image_scale > 1
-        ]
-        rows = [*images, *text_rows, *image_rows]
-        context = contexts.join(owners, [owners[row] for row in text_rows], [owners[row] for row in image_rows])
-        velocity = self.model.predict_velocity(
-            latents[rows],
-            timestep.to(latents.device).expand(len(rows)),
-            context,
-            [grids[row] for row in rows],
-        )
-        velocity, of_text, of_images = velocity.split([len(images), len(text_rows), len(image_rows)])
-        without_text, without_images, guided = velocity.clone(), velocity.clone(), velocity.clone()
-        without_text[text_rows] = of_text
-        without_images[image_rows] = of_images
-
-        lengths = torch.tensor([rows * columns for rows, columns in grids], device=latents.device)
-        mask = torch.arange(latents.shape[1], device=latents.device) < lengths[:, None]  # (B, N)
-        for guidance in dict.fromkeys(guidances):
-            rows = [row for row in images if active[row] and guidances[owners[row]] == guidance]
-            if rows:
-                guided[rows] = guide(velocity[rows], without_text[rows], without_images[rows], guidance, mask[rows])
-        return guided.masked_fill(~mask[..., None], 0)
 
     @torch.no_grad()
     def decode_latents(self, latents: Tensor, grids: list[Grid], output_type: str) -> Any:
