@@ -30,6 +30,7 @@ setup(
         "echo4o_hf.data": ["*.jinja", "*.md"],
         "echo4o_hf.miniature": ["**/*.json", "**/*.jsonl", "**/*.md", "**/*.safetensors", "**/*.txt"],
         "echo4o_hf.report": ["*.jinja"],
+        "echo4o_hf.training": ["*.jinja", "*.md"],
     },
     entry_points={"console_scripts": ["echo4o = echo4o_hf.cli:main"]},
     # transformers 5.23 and diffusers 0.42 need Python 3.11

@@ -16,7 +16,7 @@ MAY_IMPORT = {
     "judges": set(),
     "report": set(),
     "pipeline": {"model"},
-    "training": {"model", "data", "pipeline", "benchmarks", "judges"},
+    "training": {"model", "data", "pipeline", "benchmarks", "judges", "report"},
     "benchmarks": {"judges"},
     "miniature": {"data", "model", "judges", "report", "pipeline", "training", "benchmarks"},
 }

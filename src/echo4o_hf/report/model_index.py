@@ -23,17 +23,22 @@ def write_model_index(runs: Sequence[Run], output: Path, published: Published | 
         ValueError: the runs are of more than one model, an overall score is missing, or they do not fit their schema.
         OSError: the file cannot be written.
     """
-    names = list(dict.fromkeys(run.name for run in runs))
-    if len(names) != 1:
-        raise ValueError(f"a model card is about one model, got {', '.join(names)}; give all files one name")
-    parts = sections(runs, published)
-    data = ModelCardData(
-        model_name=visible(names[0]), eval_results=[result for section in parts for result in _results(section)]
-    )
+    data = model_index(runs, published)
     output.parent.mkdir(parents=True, exist_ok=True)
     temporary = output.with_name(f"{output.name}.{os.getpid()}.tmp")
     temporary.write_text(data.to_yaml() + "\n", encoding="utf-8")
     os.replace(temporary, output)
+
+
+def model_index(runs: Sequence[Run], published: Published | None = None) -> ModelCardData:
+    """What `write_model_index` writes, as metadata that a card takes; see there."""
+    names = list(dict.fromkeys(run.name for run in runs))
+    if len(names) != 1:
+        raise ValueError(f"a model card is about one model, got {', '.join(names)}; give all files one name")
+    parts = sections(runs, published)
+    return ModelCardData(
+        model_name=visible(names[0]), eval_results=[result for section in parts for result in _results(section)]
+    )
 
 
 def _results(section: Section) -> list[EvalResult]:

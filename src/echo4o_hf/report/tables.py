@@ -47,18 +47,27 @@ def write_tables(
         ValueError: the runs do not fit together, or do not fit their schema.
         OSError: the file cannot be written.
     """
-    environment = Environment(
-        loader=PackageLoader("echo4o_hf.report", ""), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters["text"] = markdown_text if form == "markdown" else latex_text
-    parts = sections(runs, published, comparisons)
-    text = environment.get_template("tables.md.jinja" if form == "markdown" else "tables.tex.jinja").render(
-        sections=parts
-    )
+    text = tables_text(runs, form, published=published, comparisons=comparisons)
     output.parent.mkdir(parents=True, exist_ok=True)
     temporary = output.with_name(f"{output.name}.{os.getpid()}.tmp")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, output)
+
+
+def tables_text(
+    runs: Sequence[Run],
+    form: Literal["markdown", "latex"],
+    *,
+    published: Published | None = None,
+    comparisons: Sequence[Comparison] = (),
+) -> str:
+    """What `write_tables` writes."""
+    environment = Environment(
+        loader=PackageLoader("echo4o_hf.report", ""), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["text"] = markdown_text if form == "markdown" else latex_text
+    template = environment.get_template("tables.md.jinja" if form == "markdown" else "tables.tex.jinja")
+    return template.render(sections=sections(runs, published, comparisons))
 
 
 def markdown_text(text: object) -> str:
