@@ -12,24 +12,32 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from datasets import Dataset, IterableDataset
+from datasets.distributed import split_dataset_by_node
 from diffusers import AutoencoderKL
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from filelock import FileLock
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
 from transformers.utils import logging
 
 from ..model.packing import patchify
 from ..pipeline.samples import replaced
+from .packs import OnError, is_left_out
+from .samples import OversizeError, SampleError
 
 if TYPE_CHECKING:
-    from .samples import Picture
+    from .samples import Picture, SampleBuilder
 
 logger = logging.get_logger(__name__)
 
@@ -59,13 +67,20 @@ class LatentStore:
         """See the class."""
         self.folder = Path(folder) / vae_id
 
-    def __contains__(self, key: str) -> bool:
-        """Whether there is an entry, as far as its header and its length tell; a damaged one is reported."""
-        return self._open(key, read=False) is not None
-
     def get(self, key: str) -> Tensor | None:
         """Moments (2z, h, w) as the VAE gave them; None if there is no entry, or a damaged one, which is reported."""
-        return self._open(key, read=True)
+        path = self._path(key)
+        try:
+            # Read at once: safe_open opens twice, and another process may replace the file in between.
+            entry = load(path.read_bytes())
+            if not torch.equal(entry["crc32"], _checksum(entry["moments"])):
+                raise SafetensorError("its checksum is wrong")
+        except FileNotFoundError:
+            return None
+        except (SafetensorError, KeyError) as error:
+            logger.warning(f"{path} is damaged ({error}); its picture is encoded again")
+            return None
+        return entry["moments"]
 
     def put(self, key: str, moments: Tensor) -> None:
         """Write an entry, in place of a damaged or an earlier one.
@@ -76,7 +91,7 @@ class LatentStore:
         path = self._path(key)
         path.parent.mkdir(parents=True, exist_ok=True)
         moments = moments.detach().cpu().contiguous()
-        content = save({"moments": moments}, metadata={"crc32": _checksum(moments)})
+        content = save({"moments": moments, "crc32": _checksum(moments)})
         with replaced(path) as partial:
             partial.write_bytes(content)
 
@@ -90,23 +105,6 @@ class LatentStore:
         if not re.fullmatch(r"[0-9a-z][0-9a-z._-]{2,200}", key):
             raise ValueError(f"the key {key!r} is no file name of digits, lower-case letters, '.', '_' and '-'")
         return self.folder / key[:2] / f"{key}.safetensors"
-
-    def _open(self, key: str, read: bool) -> Tensor | None:
-        path = self._path(key)
-        try:
-            with safe_open(path, framework="pt") as file:
-                # A slice reads nothing yet; opening has compared the header with the length of the file.
-                moments = file.get_tensor("moments") if read else file.get_slice("moments")
-                checksum = (file.metadata() or {}).get("crc32")
-        except FileNotFoundError:
-            return None
-        except SafetensorError as error:
-            logger.warning(f"{path} is damaged ({error}); the picture is encoded again")
-            return None
-        if read and checksum != _checksum(moments):
-            logger.warning(f"{path} is damaged (its checksum is wrong); the picture is encoded again")
-            return None
-        return moments
 
 
 class LatentEncoder:
@@ -201,5 +199,72 @@ def latents_from_moments(
     return patchify((latents - (vae_config["shift_factor"] or 0.0)) * vae_config["scaling_factor"], patch_size)
 
 
-def _checksum(moments: Tensor) -> str:
-    return f"{zlib.crc32(moments.flatten().view(torch.uint8).numpy().tobytes()):08x}"
+def precompute(
+    rows: Dataset | IterableDataset,
+    builder: SampleBuilder,
+    encoder: LatentEncoder,
+    *,
+    on_error: OnError = "raise",
+    num_workers: int = 0,
+) -> list[tuple[str, str]]:
+    """Fill the encoder's store with every picture that training on `rows` will ask for, each encoded once.
+
+    The processes of an `accelerate launch` share the rows; the store's folder must be one that all of them see. What
+    is in the store already is not encoded again, so that a run that was stopped goes on where it was.
+
+    Args:
+        rows: with the columns of `load_rows`.
+        builder: of the training, with the store; it decides the sizes of the pictures.
+        encoder: with the store.
+        on_error: "raise" what is wrong with a row, or "skip" it; for rows that are too long, the builder decides.
+        num_workers: processes that decode pictures, for each process that encodes.
+
+    Returns:
+        (id, reason) of the rows left out by any process.
+
+    Raises:
+        SampleError: a row that cannot be used, with `on_error="raise"`.
+        OSError: the store cannot be written.
+    """
+    store = encoder.store
+    if store is None or builder.store is None:
+        raise ValueError("give the builder and the encoder the LatentStore to fill")
+    state = PartialState()
+    share = split_dataset_by_node(rows, state.process_index, state.num_processes)
+    total = len(share) if isinstance(share, Dataset) else None
+    if total is not None:
+        share = share.to_iterable_dataset(num_shards=max(1, min(num_workers, total)))
+    loader = DataLoader(_Missing(share, builder, on_error), batch_size=None, num_workers=num_workers, collate_fn=tuple)
+    encoded = 0
+    left_out: list[tuple[str, str]] = []
+    with tqdm(loader, "Encoding pictures", total, unit="row", disable=not state.is_main_process) as bar:
+        for pictures, failed in bar:
+            for picture in pictures:
+                with store.lock(picture.key):
+                    if store.get(picture.key) is None:
+                        encoder.encode([picture])
+                        encoded += 1
+            if failed is not None:
+                left_out.append(failed)
+            bar.set_postfix(encoded=encoded, left_out=len(left_out), refresh=False)
+    return gather_object(left_out)
+
+
+class _Missing(torch.utils.data.IterableDataset[tuple[list["Picture"], tuple[str, str] | None]]):
+    """Of each row the pictures that the store lacks, or its id and why it is left out; workers share the rows."""
+
+    def __init__(self, rows: IterableDataset, builder: SampleBuilder, on_error: OnError) -> None:
+        self.rows, self.builder, self.on_error = rows, builder, on_error
+
+    def __iter__(self) -> Iterator[tuple[list[Picture], tuple[str, str] | None]]:
+        for row in self.rows:
+            try:
+                yield [picture for picture in self.builder.pictures(row) if picture.moments is None], None
+            except SampleError as error:
+                if not is_left_out(isinstance(error, OversizeError), self.builder, self.on_error):
+                    raise
+                yield [], (error.id, error.reason)
+
+
+def _checksum(moments: Tensor) -> Tensor:
+    return torch.tensor(zlib.crc32(moments.flatten().view(torch.uint8).numpy().tobytes()))
