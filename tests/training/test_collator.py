@@ -205,16 +205,16 @@ def test_the_same_on_any_number_of_workers_and_in_any_pack():
     }
 
 
-# ------------------------------------------------------------------------------------------------ all parts of the model
+# ---------------------------------------------------------------------------------------------- all parts of the model
 
 
 def all_losses(model, batch):
     """What a trainer adds up: the heads take part in packs without their losses."""
     output = model(**for_model(batch), loss_reduction="none")
-    loss = output.text_loss.sum() + 0 * output.last_hidden_state.sum()
-    if output.flow_loss is None:
-        return loss + 0 * model.llm2vae(output.last_hidden_state[:, -1:]).sum(), output
-    return loss + output.flow_loss.sum(), output
+    ends = output.last_hidden_state[:, [0, -1]]
+    loss = output.text_loss.sum() + 0 * ends.sum()
+    loss = loss + (0 * model.llm2vae(ends).sum() if output.flow_loss is None else output.flow_loss.sum())
+    return loss, output
 
 
 PACKS = {"answers": [MIXED[1]], "chat": [MIXED[3]], "text to image": [MIXED[0]], "mixed": MIXED}
@@ -261,7 +261,7 @@ def test_packs_without_labels_compute_no_logits(model):
     assert output.logits is None and output.text_loss == 0 and output.flow_loss > 0
 
 
-# --------------------------------------------------------------------------------------------------- the reference's packs
+# ----------------------------------------------------------------------------------------------- the reference's packs
 
 
 def golden_samples(numbers, facts, case, config):
@@ -314,7 +314,7 @@ def test_losses_of_the_reference_s_packs(case):
     torch.testing.assert_close(output.flow_loss[targets], numbers[f"{case}.mse_per_token"], atol=1e-4, rtol=0)
 
 
-# --------------------------------------------------------------------------------------------------------------- errors
+# -------------------------------------------------------------------------------------------------------------- errors
 
 
 DAMAGED = {**drawing("bad"), "output_image": {"bytes": encoded()["bytes"][:-300], "path": None}}

@@ -81,7 +81,7 @@ def pixels(segment):
     return unpatchify(segment.patches, segment.grid, 14, 3)
 
 
-# ------------------------------------------------------------------------------------------------ what is in a sample
+# ------------------------------------------------------------------------------------------------- what is in a sample
 
 
 def test_order_and_sizes_of_a_drawing_with_references():
@@ -336,7 +336,8 @@ def equal(one, other):
             assert (getattr(a, name) is None) == (getattr(b, name) is None)
             if getattr(a, name) is not None:
                 torch.testing.assert_close(getattr(a, name), getattr(b, name), atol=0, rtol=0)
-    for a, b in zip([*one.noise, *(p.eps for p in one.pictures)], [*other.noise, *(p.eps for p in other.pictures)]):
+    drawn, others = ([*sample.noise, *(item.eps for item in sample.pictures)] for sample in (one, other))
+    for a, b in zip(drawn, others, strict=True):
         torch.testing.assert_close(a, b, atol=0, rtol=0)
     return True
 
@@ -393,7 +394,7 @@ def test_eps_has_the_shape_of_the_latents_and_unit_variance():
     assert eps.shape == (16, 18, 16) and abs(eps.std() - 1) < 0.05 and abs(eps.mean()) < 0.05
 
 
-# --------------------------------------------------------------------------------------------------- the latents' store
+# -------------------------------------------------------------------------------------------------- the latents' store
 
 
 def test_what_the_store_has_is_not_decoded(tmp_path):

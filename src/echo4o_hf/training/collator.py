@@ -77,8 +77,9 @@ def all_parts_sample(builder: SampleBuilder) -> Sample:
     """One vision patch and one clean latent token, all zeros and without loss.
 
     With it and with the labels that `collate_samples` always gives, a pack of any tasks brings a gradient (maybe zero)
-    to every parameter, once the loss holds `0 * output.last_hidden_state.sum()` (the last layer's output for tokens
-    without loss) and, in packs without targets, `0 * model.llm2vae(output.last_hidden_state[:, -1:]).sum()`.
+    to every parameter, once the loss holds `0 * ends.sum()` for `ends = output.last_hidden_state[:, [0, -1]]` (the
+    last layer has one output per stream, which may have no loss) and, in packs without targets,
+    `0 * model.llm2vae(ends).sum()`.
     """
     patch, token = torch.zeros(1, builder.config.patch_dim), torch.zeros(1, builder.config.latent_dim)
     segments = [
