@@ -8,6 +8,7 @@ import pytest
 
 from echo4o_hf.benchmarks.results import read_results
 from echo4o_hf.cli import main
+from echo4o_hf.cli.evaluate import _usage
 from echo4o_hf.miniature.captions import scene_for
 from echo4o_hf.miniature.items import load_items
 from echo4o_hf.miniature.world import render
@@ -36,7 +37,7 @@ def test_evaluate(shapes: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert results["scores"]["geneval_pp"] == 1.0 and results["scores"]["num_items"] == 14
     out = capsys.readouterr().out.splitlines()
     assert out[0].split() == ["geneval_pp", "1.000"] and out[-1] == str(shapes / "results.json")
-    assert "shapes: 14 calls, 0 replies from the store" in out
+    assert "shapes: 14 calls, 0 replies from the store" in out  # no tokens, so no cost
     assert {path.name for path in shapes.iterdir() if "sqlite" not in path.suffix} == {
         "images",
         "items.jsonl",
@@ -55,6 +56,17 @@ def test_evaluate_with_several_judges_and_repeats(shapes: Path, capsys: pytest.C
     assert results["repeats"] == 2 and len(results["self_agreement"]) == 2
     assert [scores["accuracy"] for scores in results["per_judge"].values()] == [1.0, 0.0]
     assert "14 unscored: a tie" in capsys.readouterr().out
+
+
+def test_usage_of_a_judge() -> None:
+    judge = {"calls": 2, "from_store": 1, "input_tokens": 0, "output_tokens": None, "cost": None, "total_cost": None}
+    assert list(_usage(judge)) == ["2 calls", "1 replies from the store"]
+    paid = {**judge, "input_tokens": 900, "output_tokens": 14, "cost": 0.0019, "total_cost": 0.5}
+    assert list(_usage(paid))[2:] == [
+        "900 tokens in",
+        "14 out",
+        "estimated cost 0.0019 (0.5000 with what the store holds)",
+    ]
 
 
 def test_evaluate_exits_with_2_where_nothing_could_be_judged(shapes: Path, capsys: pytest.CaptureFixture[str]) -> None:

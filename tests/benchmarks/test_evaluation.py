@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from echo4o_hf.benchmarks.evaluation import ITEMS_SHA256, evaluate_images, load_judges
-from echo4o_hf.benchmarks.items import items_sha256, load_items
+from echo4o_hf.benchmarks.items import JUDGE_TEXTS, items_sha256, load_items, pinned_path
 from echo4o_hf.benchmarks.results import read_results, write_results
 from echo4o_hf.judges.judge import JudgeFailed, JudgeStopped, Reply
 from echo4o_hf.judges.openai_judge import OpenAIJudge
@@ -38,6 +38,15 @@ def images(tmp_path: Path) -> list[list[Path]]:
 
 def evaluated(images: list, items: list = ITEMS, **options: object) -> dict:
     return evaluate_images("geneval_pp", images, items, **{"judge": yes, "progress": False, **options})
+
+
+def test_an_exact_copy_of_the_official_file_is_the_official_text(
+    images: list[list[Path]], judge_texts: None, tmp_path: Path
+) -> None:
+    pinned = pinned_path(JUDGE_TEXTS["geneval_pp"], "")
+    (tmp_path / "copy.py").write_bytes(pinned.read_bytes().replace(b"\n", b"\r\n"))
+    for options in ({}, {"judge_text": tmp_path / "copy.py"}):
+        assert not [text for text in evaluated(images, **options)["deviations"] if "text" in text]
 
 
 @pytest.mark.usefixtures("judge_texts")
@@ -76,6 +85,7 @@ class TestWithJudgeTexts:
             [results["judges"][0][name] for name in ("calls", "from_store", "input_tokens", "output_tokens")]
             for results in (first, again)
         ]
+        assert first["judges"][0]["prices"] is None and first["judges"][0]["cost"] is None
         assert usage == [[8, 0, 80, 16], [0, 8, 0, 0]]
         assert again["scores"] == first["scores"] and again["items"] == first["items"]
         noted = sqlite3.connect(store).execute("SELECT verdict FROM replies").fetchall()
@@ -85,6 +95,54 @@ class TestWithJudgeTexts:
         assert len(calls) == 8
         evaluated(moved, judge=counted, store=store, items=[{**ITEMS[0], "prompt": "another"}, *ITEMS[1:]])
         assert len(calls) == 9
+
+    def test_what_it_cost(self, images: list[list[Path]], tmp_path: Path) -> None:
+        """Of this run, and with the replies from the store; one in vain counts, one for two pictures counts once."""
+
+        def paid(system: str, prompt: str, images: list[Image.Image]) -> str:
+            if "4 kites" in prompt:
+                raise JudgeFailed("empty", input_tokens=1000, output_tokens=1000)
+            return Reply(yes(system, prompt, images), input_tokens=1000, output_tokens=10)
+
+        paid.prices = (2, 10)
+        store = tmp_path / "store.sqlite"
+        evaluated([images[0], [], [], []], judge=paid, store=store)
+        pictures = [images[0], [*images[1], *images[1]], [], images[3]]
+        (judge,) = evaluated(pictures, judge=paid, store=store)["judges"]
+        assert (judge["calls"], judge["from_store"], judge["failures"]) == (2, 2, 1)
+        assert (judge["input_tokens"], judge["output_tokens"], judge["prices"]) == (2000, 1010, [2.0, 10.0])
+        assert judge["cost"] == pytest.approx((2000 * 2 + 1010 * 10) / 1e6)
+        assert judge["total_cost"] == pytest.approx((3000 * 2 + 1020 * 10) / 1e6)
+        (judge,) = evaluated([images[0], [], [], []], judge=paid, store=store)["judges"]
+        assert (judge["cost"], judge["total_cost"]) == (0, pytest.approx(0.0021))
+
+    def test_a_cost_that_is_not_known_is_none(self, images: list[list[Path]]) -> None:
+        def silent(system: str, prompt: str, images: list[Image.Image]) -> str:
+            known = None if "2 kites" in prompt else 5
+            return Reply(yes(system, prompt, images), input_tokens=known, output_tokens=5)
+
+        silent.prices = [1, 1]
+        (judge,) = evaluated(images, judge=silent)["judges"]
+        assert [judge[name] for name in ("input_tokens", "output_tokens", "cost", "total_cost")] == [
+            None,
+            20,
+            None,
+            None,
+        ]
+        silent.prices = [1]
+        with pytest.raises(ValueError, match="prices are two numbers"):
+            evaluated(images, judge=silent)
+
+    def test_what_agreement_needs_is_there_before_anybody_is_asked(
+        self, images: list[list[Path]], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def never(system: str, prompt: str, images: list[Image.Image]) -> str:
+            raise AssertionError("asked")
+
+        monkeypatch.setitem(sys.modules, "sklearn.metrics", None)
+        for options in ({"judge": [never, yes]}, {"judge": never, "repeats": 2}):
+            with pytest.raises(ValueError, match=r"scikit-learn.*pip install 'echo4o-hf\[judges\]'"):
+                evaluated(images, **options)
 
     def test_a_stop_keeps_what_arrived(self, images: list[list[Path]], tmp_path: Path) -> None:
         calls, quota = [], 2
@@ -137,18 +195,32 @@ class TestWithJudgeTexts:
         found = evaluated([*images[:3], [*images[0], *images[3]]], repeats=2)["deviations"]
         assert found == [
             "these 4 items are not the benchmark's own",
-            "judged by yes; published scores are by gpt-4.1",
+            "judged by yes; published scores are by openai:gpt-4.1",
             "each judge was asked 2 times",
             "up to 2 pictures of an item",
         ]
 
-    def test_nothing_sets_apart_the_official_protocol(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize(
+        ("options", "told"),
+        [
+            ({}, []),
+            ({"temperature": 0, "max_tokens": 200}, []),
+            ({"temperature": 1.0, "extra_body": {"seed": 3}}, ["temperature=1.0, seed=3"]),
+            ({"temperature": None}, ["temperature=its default"]),
+            ({"base_url": "http://127.0.0.1:9/v1"}, ["base_url=http://127.0.0.1:9/v1"]),
+        ],
+    )
+    def test_what_sets_apart_the_official_protocol(
+        self, options: dict, told: list[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         if not UPSTREAM.is_dir():
             pytest.skip("needs the benchmark's own items")
+        monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
         items = load_items("geneval_pp", UPSTREAM / "Geneval++.jsonl")
-        judge = OpenAIJudge("gpt-4.1", api_key="none", base_url="http://127.0.0.1:9")
-        results = evaluated([[] for _ in items], items, judge=judge)
-        assert results["deviations"] == [] and results["scores"]["num_unscored"] == 280
+        results = evaluated([[] for _ in items], items, judge=OpenAIJudge("gpt-4.1", api_key="none", **options))
+        end = "; published scores are by OpenAI's at temperature 0"
+        assert results["deviations"] == [f"the judge was asked with {one}{end}" for one in told]
+        assert results["scores"]["num_unscored"] == 280
 
     @pytest.mark.parametrize(
         ("options", "message"),
@@ -196,7 +268,8 @@ def test_a_copy_of_the_official_file(images: list[list[Path]], tmp_path: Path) -
         return yes(system, prompt, images)
 
     results = evaluated(images, judge=judge, judge_text=tmp_path / "official.py")
-    assert seen == ["Look closely."] * 4 and not any("judge text" in text for text in results["deviations"])
+    assert seen == ["Look closely."] * 4
+    assert "the judge's text is not the one of the official script" in results["deviations"]
 
 
 def test_killed_and_resumed(images: list[list[Path]], tmp_path: Path) -> None:

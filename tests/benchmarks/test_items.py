@@ -25,11 +25,16 @@ def write(path: Path, *rows: object) -> Path:
 
 @upstream
 @pytest.mark.parametrize(("name", "number"), [("geneval_pp", 280), ("imagine_bench", 270)])
-def test_the_pinned_items_are_downloaded_once(name: str, number: int, mirror: Callable[..., Path]) -> None:
+def test_the_pinned_items_are_downloaded_once(
+    name: str, number: int, mirror: Callable[..., Path], tmp_path: Path
+) -> None:
     content = (UPSTREAM / FILES[name]).read_bytes()
     served = mirror(items.ITEMS, name, content, sha256=items.ITEMS[name].sha256)
     assert len(load_items(name)) == number
     served.unlink()
+    (cached,) = (path for path in (tmp_path / "cache").rglob("*") if path.is_file())
+    (tmp_path / "new").touch()
+    assert cached.stat().st_mode == (tmp_path / "new").stat().st_mode  # a cache may be shared
     assert items_sha256(load_items(name)) == items_sha256(load_items(name, UPSTREAM / FILES[name]))
 
 

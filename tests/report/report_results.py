@@ -72,9 +72,12 @@ def results_of(images: list[dict[str, Any]], score: float, **changes: Any) -> di
                 "parameters": {"temperature": 0.0},
                 "calls": 3,
                 "from_store": 0,
+                "failures": 0,
                 "input_tokens": 1234,
                 "output_tokens": 56,
-                "failures": 0,
+                "prices": [2.0, 8.0],
+                "cost": 0.002916,
+                "total_cost": 12.5,
             }
         ],
         "scores": {

@@ -53,6 +53,22 @@ def test_one_run_beside_published_scores(run: Run, tmp_path: Path) -> None:
     assert "Comparison" not in page.text and "Agreement of the judges" not in page.text
 
 
+def test_what_judging_cost(run: Run, tmp_path: Path) -> None:
+    text = after(write([run], tmp_path), "How it was judged")
+    start = text.index("tokens in")
+    assert text[start + 2 : start + 7] == [
+        "prices per",
+        "million tokens",
+        "estimated cost",
+        "with what was",
+        "in the store",
+    ]
+    assert text[start + 12 : start + 17] == ["1234", "56", "2.0 in, 8.0 out", "0.0029", "12.50"]
+    (judge,) = run.results["judges"]
+    judge.update(prices=None, cost=None, total_cost=None)
+    assert "estimated cost" not in write([run], tmp_path).text
+
+
 def test_bars_have_the_lengths_of_the_scores(run: Run, tmp_path: Path) -> None:
     page = write([run], tmp_path)
     assert [bar["width"] for bar in page.all("rect")[:4]] == ["100%", "50.0%", "100%", "50.0%"]

@@ -6,7 +6,8 @@ One item:
 and in the tag `counting` also `"exclude": [{"class": "clock", "count": 7}]`: fewer than 7 may appear.
 
 `official`: one question to the judge on the whole checklist, in the authors' words; the score is the mean of the seven
-tags' accuracies. The checklist bounds counts from above in `counting` only, and its plurals are made with an "s".
+tags' accuracies. The checklist bounds counts from above in `counting` only, and its plurals are made with an "s". The
+authors' script cuts replies off after 200 tokens, and counts what that breaks as wrong; here longer ones are allowed.
 `strict`: ours. Every clause is asked for its exact count, color, region and size, one by one, and nothing else is
 judged (not whether the picture looks like a photo, either); an image is right when every answer is yes.
 """
@@ -35,7 +36,7 @@ from echo4o_hf.benchmarks.verdict import (
 )
 
 NAME = "geneval_pp"
-JUDGE_DEFAULTS: dict[str, Any] = {"model": "gpt-4.1", "temperature": 0.0, "max_tokens": 200}
+PUBLISHED_JUDGE = "openai:gpt-4.1"
 LEVELS = (0, 1)  # of a score: wrong, right
 
 TAGS = {  # tag: the paper's column

@@ -35,7 +35,7 @@ from echo4o_hf.benchmarks.verdict import (
 )
 
 NAME = "imagine_bench"
-JUDGE_DEFAULTS: dict[str, Any] = {"model": "gpt-4.1-2025-04-14", "temperature": 0.0, "max_tokens": 1024}
+PUBLISHED_JUDGE = "openai:gpt-4.1-2025-04-14"
 LEVELS = tuple(range(11))  # of a score
 
 GROUPS = {  # of each type

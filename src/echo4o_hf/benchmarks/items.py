@@ -10,9 +10,8 @@ import ast
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from string import Formatter
 from typing import Any
@@ -50,6 +49,10 @@ ITEMS = {
     "imagine_bench": _echo4o(
         "test_scripts/Imagine.jsonl", "e22e33dd5e2722b9fedfb7ecddeb56841ec6ea93b3f0246a04d8dd374ab5a19e"
     ),
+}
+ITEMS_SHA256 = {  # `items_sha256` of these
+    "geneval_pp": "53cd0eee49975442f44779d1e2db036b00cead7be4af3e1b1af1894607645338",
+    "imagine_bench": "9ae7cfd0de83f85e800cc9a9eedd347365b3f7bc7dabedb42d6af77aa181b98f",
 }
 JUDGE_TEXTS = {
     "geneval_pp": _echo4o(
@@ -133,9 +136,9 @@ def pinned_path(file: PinnedFile, instead: str) -> Path:
     if seen != file.sha256:
         raise OSError(f"{file.address} is not the pinned file: sha256 {seen}, expected {file.sha256}")
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=target.parent, suffix=".partial", delete=False) as partial:
-        partial.write(content)
-    os.replace(partial.name, target)
+    partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
+    partial.write_bytes(content)
+    os.replace(partial, target)
     return target
 
 
@@ -163,10 +166,12 @@ class JudgeText:
         system: The system message.
         user: Of the user message, the text (even positions) and names of item fields (odd ones); () when the
             benchmark's module writes it.
+        pinned: Whether it comes from the pinned file, or an exact copy.
     """
 
     system: str
     user: tuple[str, ...] = ()
+    pinned: bool = False
 
     def fill(self, item: Mapping[str, Any]) -> str:
         """The user message for one item."""
@@ -187,14 +192,17 @@ def official_text(name: str, path: str | os.PathLike[str] | None = None) -> Judg
     _check_name(name)
     instead = f"judge_text=... (--judge-text, official_text({name!r}, path=...)), use protocol='strict'"
     source = Path(path) if path is not None else pinned_path(JUDGE_TEXTS[name], instead)
+    content = source.read_bytes()
     try:
-        tree = ast.parse(source.read_bytes())
+        tree = ast.parse(content)
     except (SyntaxError, ValueError) as error:
         raise ValueError(f"{source} is not Python: {error}") from error
     try:
-        return JudgeText(_constant(tree, "SYSTEM_PROMPT")) if name == "geneval_pp" else _messages(tree)
+        text = JudgeText(_constant(tree, "SYSTEM_PROMPT")) if name == "geneval_pp" else _messages(tree)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
+    unix = content.replace(b"\r\n", b"\n")  # git on Windows writes the other
+    return replace(text, pinned=hashlib.sha256(unix).hexdigest() == JUDGE_TEXTS[name].sha256)
 
 
 def _check_name(name: str) -> None:

@@ -29,9 +29,12 @@ _SCHEMA: dict[str, Any] = {
             "parameters": dict,
             "calls": int,
             "from_store": int,
+            "failures": int,
             "input_tokens": (int, NoneType),
             "output_tokens": (int, NoneType),
-            "failures": int,
+            "prices": (list, NoneType),
+            "cost": (int, float, NoneType),
+            "total_cost": (int, float, NoneType),
         }
     ],
     "scores": dict,

@@ -17,8 +17,8 @@ from echo4o_hf.benchmarks.metrics import GenEvalPP, ImagineBench, script
 GRADIO = "6.31.0"  # the version the app was tried with
 
 _METRICS = {
-    geneval_pp.NAME: (GenEvalPP, "GenEval++", geneval_pp.JUDGE_DEFAULTS),
-    imagine_bench.NAME: (ImagineBench, "Imagine-Bench", imagine_bench.JUDGE_DEFAULTS),
+    geneval_pp.NAME: (GenEvalPP, "GenEval++", geneval_pp.PUBLISHED_JUDGE),
+    imagine_bench.NAME: (ImagineBench, "Imagine-Bench", imagine_bench.PUBLISHED_JUDGE),
 }
 # Of our own, for the benchmarks' items are not ours to publish.
 _EXAMPLES: dict[str, dict[str, Any]] = {
@@ -105,6 +105,6 @@ def _render(template: str, name: str, repository: str) -> str:
         repository=repository,
         item=json.dumps(_EXAMPLES[name], indent=2),
         item_python=_EXAMPLES[name],
-        judge=judge["model"],
+        judge=judge.removeprefix("openai:"),
         gradio=GRADIO,
     )

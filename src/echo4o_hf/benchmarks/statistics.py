@@ -143,6 +143,20 @@ def majority(verdicts: Sequence[Verdict], levels: Sequence[int] = (0, 1)) -> Ver
     return Verdict(winner, "\n".join(dict.fromkeys(one.reason for one in ours)), ours[0].parts)
 
 
+def check_agreement() -> None:
+    """Before judges are paid: whether `agreement` will be able to work.
+
+    Raises:
+        ValueError: scikit-learn is not installed.
+    """
+    try:
+        import sklearn.metrics  # type: ignore[import-untyped]  # noqa: F401
+    except ImportError as error:
+        raise ValueError(
+            f"several judges or repeats need scikit-learn ({error}): pip install 'echo4o-hf[judges]'"
+        ) from error
+
+
 def agreement(
     verdicts_by_judge: Mapping[str, Sequence[Verdict]], groups: Sequence[str], levels: Sequence[int] = (0, 1)
 ) -> dict[str, Any]:
@@ -177,7 +191,7 @@ def agreement(
 def _pair(
     first: Sequence[Verdict], second: Sequence[Verdict], groups: Sequence[str], levels: Sequence[int]
 ) -> dict[str, Any]:
-    from sklearn.metrics import cohen_kappa_score, confusion_matrix  # type: ignore[import-untyped]
+    from sklearn.metrics import cohen_kappa_score, confusion_matrix
 
     def nearest(score: float) -> int:
         return min(levels, key=lambda level: (abs(level - score), level))

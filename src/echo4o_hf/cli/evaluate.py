@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -116,12 +116,23 @@ def _print_scores(results: Mapping[str, Any]) -> None:
     if interval := scores["confidence_interval"]:
         print("confidence_interval".ljust(44), f"{interval[0]:.3f} to {interval[1]:.3f}")
     for judge in results["judges"]:
-        print(f"{judge['name']}: {judge['calls']} calls, {judge['from_store']} replies from the store")
+        print(f"{judge['name']}: {', '.join(_usage(judge))}")
     verdicts = [image["verdict"] for item in results["items"] for image in item["images"]]
     for why, number in Counter(verdict["unscored"] for verdict in verdicts if verdict["unscored"]).most_common(5):
         print(f"{number} unscored: {why}")
     for deviation in results["deviations"]:
         print(f"not as published: {deviation}")
+
+
+def _usage(judge: Mapping[str, Any]) -> Iterator[str]:
+    """What a judge was asked, and what that cost."""
+    yield f"{judge['calls']} calls"
+    yield f"{judge['from_store']} replies from the store"
+    if judge["input_tokens"] or judge["output_tokens"]:
+        yield f"{judge['input_tokens']} tokens in"
+        yield f"{judge['output_tokens']} out"
+    if judge["cost"] is not None:
+        yield f"estimated cost {judge['cost']:.4f} ({judge['total_cost']:.4f} with what the store holds)"
 
 
 def _no_arguments(parser: argparse.ArgumentParser) -> None:

@@ -91,7 +91,8 @@ def _results(rows: list[dict[str, Any]], verdicts: list[Verdict], seed: int) -> 
     """Results in the schema of `echo4o evaluate`; the arithmetic is GenEval++'s, as the tags are."""
     items = [row["item"] for row in rows]
     scores = geneval_pp.summarize([(item, [one]) for item, one in zip(items, verdicts, strict=True)])
-    usage = {"calls": len(rows), "from_store": 0, "input_tokens": None, "output_tokens": None, "failures": 0}
+    usage = {"calls": len(rows), "from_store": 0, "failures": 0}
+    cost = dict.fromkeys(("input_tokens", "output_tokens", "prices", "cost", "total_cost"))
     return {
         "schema_version": SCHEMA_VERSION,
         "benchmark": BENCHMARK,
@@ -102,7 +103,7 @@ def _results(rows: list[dict[str, Any]], verdicts: list[Verdict], seed: int) -> 
         "items_sha256": items_sha256(items),
         "repeats": 1,
         "deviations": [],
-        "judges": [{"name": "shapes", "parameters": {}, **usage}],
+        "judges": [{"name": "shapes", "parameters": {}, **usage, **cost}],
         "scores": {BENCHMARK: scores.pop(geneval_pp.NAME), **scores},
         "per_judge": {},
         "agreement": None,

@@ -138,6 +138,10 @@ class Section:
         """Cohen's kappa, or another number of its size."""
         return "–" if value is None else f"{value:.3f}"
 
+    def cost(self, value: float | None) -> str:
+        """An amount of money in the currency of the prices."""
+        return "–" if value is None else f"{value:.4f}" if value < 1 else f"{value:.2f}"
+
 
 def sections(
     runs: Sequence[Run],
