@@ -5,7 +5,7 @@ Parameters keep their official names; `lora` puts adapters on the linear layers 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -16,9 +16,7 @@ if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
     from transformers import BitsAndBytesConfig
 
-METHODS = ("full", "generation", "lora")
-QUANTIZATIONS = ("4bit", "8bit")
-TRAINABLE_DTYPES = ("float32", "bfloat16")
+    from .arguments import Echo4oTrainingArguments
 
 # What draws: the generation expert (each `*_moe_gen`) and what latents pass on their way in and out.
 LATENT_HEADS = ("vae2llm", "llm2vae", "time_embedder")
@@ -40,7 +38,9 @@ VISION_LAYERS = (
 NOT_QUANTIZED = ("language_model.lm_head", "vit_model", "connector", *LATENT_HEADS)
 
 
-def prepare_model(model: BagelForConditionalGeneration, arguments: Any) -> BagelForConditionalGeneration | PeftModel:
+def prepare_model(
+    model: BagelForConditionalGeneration, arguments: Echo4oTrainingArguments
+) -> BagelForConditionalGeneration | PeftModel:
     """Freezes, casts and, for `lora`, wraps a loaded model, which is changed in place.
 
     "full" trains every parameter. "generation" trains each `*_moe_gen`, `vae2llm`, `llm2vae` and `time_embedder`:
@@ -55,51 +55,31 @@ def prepare_model(model: BagelForConditionalGeneration, arguments: Any) -> Bagel
         arguments: `Echo4oTrainingArguments`.
 
     Raises:
-        ValueError: settings that are unknown or exclude each other.
+        ValueError: settings that exclude each other, or a model quantized unlike they say.
         ImportError: peft is missing.
     """
-    check_arguments(arguments)
+    if arguments.trainable_dtype != "float32" and not arguments.bf16:
+        raise ValueError(f"trainable_dtype={arguments.trainable_dtype!r} needs bf16=True; without it all is float32")
     if (arguments.quantization is not None) != _is_quantized(model):
         state = "is" if _is_quantized(model) else "is not"
         raise ValueError(f"quantization={arguments.quantization!r}, but the model {state} quantized")
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(is_trained(name, arguments.method))
     _cast(model, arguments)
-    if arguments.gradient_checkpointing:
-        _require_input_grads(model, arguments)
     if arguments.method != "lora":
         return model
+    if arguments.lora_vision and arguments.activation_checkpointing:
+        # Reentrant checkpointing finds parameters only behind inputs that need gradients; upstream sees to texts.
+        embeddings = model.vit_model.vision_model.embeddings
+        embeddings.register_forward_hook(lambda module, inputs, output: output.requires_grad_(True))
     # What adapter_config.json names as its base: not the folder in the cache.
     model.name_or_path = model.config.name_or_path = str(arguments.model)
-    with torch.random.fork_rng(devices=[]):
+    config = lora_config(arguments)
+    from peft import get_peft_model
+
+    with torch.random.fork_rng(devices=[]):  # peft draws the first factors on the CPU
         torch.default_generator.manual_seed(arguments.seed)
-        from peft import get_peft_model
-
-        return get_peft_model(model, lora_config(arguments))
-
-
-def check_arguments(arguments: Any) -> None:
-    """Complains about settings of this file that are unknown or exclude each other.
-
-    Raises:
-        ValueError: with the value seen and the choices.
-    """
-    choices: dict[str, tuple[str | None, ...]] = {
-        "method": METHODS,
-        "quantization": (None, *QUANTIZATIONS),
-        "trainable_dtype": TRAINABLE_DTYPES,
-    }
-    for name, allowed in choices.items():
-        value = getattr(arguments, name)
-        if value not in allowed:
-            raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(map(str, allowed))}")
-    if arguments.quantization is not None and arguments.method != "lora":
-        raise ValueError(
-            f"quantization={arguments.quantization!r} with method={arguments.method!r}: quantized weights cannot be "
-            "trained; use method='lora'"
-        )
-    if arguments.trainable_dtype != "float32" and not arguments.bf16:
-        raise ValueError(f"trainable_dtype={arguments.trainable_dtype!r} needs bf16=True; without it all is float32")
+        return get_peft_model(model, config)
 
 
 def is_trained(name: str, method: str) -> bool:
@@ -109,7 +89,7 @@ def is_trained(name: str, method: str) -> bool:
     return method == "full"
 
 
-def lora_config(arguments: Any) -> LoraConfig:
+def lora_config(arguments: Echo4oTrainingArguments) -> LoraConfig:
     """The adapters for peft; the pattern matches full module names.
 
     Raises:
@@ -133,14 +113,12 @@ def lora_config(arguments: Any) -> LoraConfig:
     )
 
 
-def quantization_config(arguments: Any) -> BitsAndBytesConfig | None:
+def quantization_config(arguments: Echo4oTrainingArguments) -> BitsAndBytesConfig | None:
     """For loading the frozen base: the linear layers of both experts in nf4 ("4bit") or int8; None without.
 
     Raises:
         ImportError: bitsandbytes is missing.
-        ValueError: unknown `quantization`.
     """
-    check_arguments(arguments)
     if arguments.quantization is None:
         return None
     from transformers import BitsAndBytesConfig
@@ -166,7 +144,7 @@ def _is_quantized(model: nn.Module) -> bool:
     return any(type(parameter).__name__ in ("Params4bit", "Int8Params") for parameter in model.parameters())
 
 
-def _cast(model: BagelForConditionalGeneration, arguments: Any) -> None:
+def _cast(model: BagelForConditionalGeneration, arguments: Echo4oTrainingArguments) -> None:
     """Parameters and position tables; never the rotary frequencies, which bfloat16 would ruin."""
     frozen = torch.bfloat16 if arguments.bf16 else torch.float32
     trained = getattr(torch, arguments.trainable_dtype)
@@ -175,11 +153,3 @@ def _cast(model: BagelForConditionalGeneration, arguments: Any) -> None:
             parameter.data = parameter.data.to(trained if parameter.requires_grad else frozen)
     for table in (model.vit_pos_embed, model.latent_pos_embed):
         table.to(frozen)
-
-
-def _require_input_grads(model: BagelForConditionalGeneration, arguments: Any) -> None:
-    """Reentrant checkpointing finds parameters only behind inputs that need gradients."""
-    model.enable_input_require_grads()  # the stream of texts, which each layer gets beside that of latents
-    if arguments.method == "lora" and arguments.lora_vision:
-        embeddings = model.vit_model.vision_model.embeddings
-        embeddings.register_forward_hook(lambda module, inputs, output: output.requires_grad_(True))
