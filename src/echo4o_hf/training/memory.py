@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import torch
 from torch import nn
 from transformers import Qwen2Config
+from transformers.training_args import OptimizerNames
 
 from ..model.modeling_bagel import BagelForConditionalGeneration
 from .optimizers import layer_matrices
@@ -57,16 +58,16 @@ def describe(
         arguments: `Echo4oTrainingArguments`.
         max_tokens: of a pack.
     """
-    parts, trained_parts = Counter[str](), Counter[str]()
+    every, trained = Counter[str](), Counter[str]()
     for name, parameter in model.named_parameters():
-        parts[_part(name)] += _count(parameter)
-        trained_parts[_part(name)] += _count(parameter) if parameter.requires_grad else 0
-    total, trained = parts.total(), trained_parts.total()
-    lines = [f"{trained / 1e6:,.1f} M of {total / 1e6:,.1f} M parameters are trained ({trained / total:.1%})"]
-    for part, count in parts.items():
-        lines.append(f"  {part:24} {count / 1e6:>10,.1f} M, trained {trained_parts[part] / 1e6:>10,.1f} M")
+        every[_part(name)] += _count(parameter)
+        trained[_part(name)] += _count(parameter) if parameter.requires_grad else 0
+    rows = [(part, every[part], trained[part]) for part in every]
+    rows.append((f"trained: {trained.total() / every.total():.1%}", every.total(), trained.total()))
+    lines = [f"{'parameters (millions)':24} {'all':>10} {'trained':>10}"]
+    lines += [f"  {part:22} {count / 1e6:>10,.1f} {of_these / 1e6:>10,.1f}" for part, count, of_these in rows]
     estimate = memory_lines(model, arguments, max_tokens)
-    lines.append("about so many GiB in one process, if nothing is sharded")
+    lines.append("memory of one process, estimated, nothing sharded (GiB)")
     lines += [f"  {line.name:12} {line.num_bytes / GIB:>8.2f}  {line.formula}" for line in estimate]
     lines.append(f"  {'sum':12} {sum(line.num_bytes for line in estimate) / GIB:>8.2f}")
     return "\n".join(lines)
@@ -100,7 +101,7 @@ def _optimizer_lines(model: nn.Module, trained: list[nn.Parameter], arguments: E
         lines.append(Line("muon", sum(map(_num_bytes, matrices)), "1 state of the layers' matrices, in their dtypes"))
         chosen = {id(matrix) for matrix in matrices}
         trained = [parameter for parameter in trained if id(parameter) not in chosen]
-    optim = str(getattr(arguments.optim, "value", arguments.optim))
+    optim = OptimizerNames(arguments.optim).value
     if optim not in STATES:
         return [*lines, Line("optimizer", 0.0, f"not known for {optim}: left out")]
     states, size = STATES[optim]
@@ -134,7 +135,7 @@ def _part(name: str) -> str:
         return "latent heads"
     if "_moe_gen" in name:
         return "generation expert"
-    return "embedding and text head" if "embed_tokens" in name or "lm_head" in name else "understanding expert"
+    return "embedding, text head" if "embed_tokens" in name or "lm_head" in name else "understanding expert"
 
 
 def _count(parameter: nn.Parameter) -> int:

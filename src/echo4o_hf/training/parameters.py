@@ -121,13 +121,14 @@ def quantization_config(arguments: Echo4oTrainingArguments) -> BitsAndBytesConfi
     """
     if arguments.quantization is None:
         return None
-    from transformers import BitsAndBytesConfig
-    from transformers.utils import is_bitsandbytes_available
-
-    if not is_bitsandbytes_available():
+    try:
+        import bitsandbytes  # noqa: F401  (transformers would name it, but not our extra)
+    except ImportError as error:
         raise ImportError(
             f"quantization={arguments.quantization!r} needs bitsandbytes: pip install 'echo4o-hf[qlora]'"
-        )
+        ) from error
+    from transformers import BitsAndBytesConfig
+
     skipped = list(NOT_QUANTIZED)
     if arguments.quantization == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
