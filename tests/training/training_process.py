@@ -1,7 +1,10 @@
-"""Training runs on a tiny model, in a process that may be killed: `python training_process.py SETTINGS` (JSON).
+"""Training runs on a tiny model, each in a process that may be killed: `python training_process.py RUNS` (JSON).
 
-The settings are those of `Echo4oTrainingArguments`, and three more: `rows`, how many; `kill_after`, a step after which
-the process kills itself; `kill_while_saving`, a step in whose checkpoint it does so, with half of the files written.
+A list of settings of `Echo4oTrainingArguments`, and of these: `rows`, how many; `kill_after`, a step after which the
+process kills itself; `kill_while_saving`, a step in whose checkpoint it does so, with half of the files written;
+`kill_within`, seconds after which it is killed from outside. Prints how each process ended.
+
+The processes are forks of one that has imported everything, with one thread: so they start at once.
 """
 
 import io
@@ -9,8 +12,9 @@ import json
 import os
 import signal
 import sys
+import time
+import traceback
 import warnings
-from pathlib import Path
 
 import datasets
 import numpy as np
@@ -105,7 +109,7 @@ def make_trainer(rows=24, kind=Echo4oTrainer, **settings):
 
 
 class DyingTrainer(Echo4oTrainer):
-    """Kills its process after a step, or in the middle of a checkpoint."""
+    """Kills its process in the middle of a checkpoint."""
 
     kill_while_saving: int | None = None
 
@@ -127,11 +131,9 @@ class KillAfter(TrainerCallback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def main(settings):
+def run(kill_after=None, kill_while_saving=None, resume=False, **settings):
     """Train and save; the losses of all steps are in the trainer's state."""
-    kill_after = settings.pop("kill_after", None)
-    DyingTrainer.kill_while_saving = settings.pop("kill_while_saving", None)
-    resume = settings.pop("resume", False)
+    DyingTrainer.kill_while_saving = kill_while_saving
     trainer = make_trainer(kind=DyingTrainer, **settings)
     if kill_after is not None:
         trainer.add_callback(KillAfter(kill_after))
@@ -140,7 +142,24 @@ def main(settings):
     trainer.save_state()
 
 
+def run_in_fork(kill_within=None, **settings):
+    """How a process that runs ends: its exit code, or minus the signal."""
+    child = os.fork()
+    if not child:
+        try:
+            run(**settings)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    if kill_within is not None:
+        time.sleep(kill_within)
+        os.kill(child, signal.SIGKILL)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    main(json.loads(sys.argv[1]))
+    for settings in json.loads(sys.argv[1]):
+        sys.stdout.write(f"ended: {run_in_fork(**settings)}\n")

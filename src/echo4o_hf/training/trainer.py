@@ -98,8 +98,11 @@ class Echo4oTrainer(Trainer):
             raise ValueError("ema_decay does not go with DeepSpeed ZeRO-3; train with FSDP2")
         self.encoder = encoder
         self.average: WeightAverage | None = None
+        if args.ema_decay is not None:
+            self.add_callback(_Averaging(self))
         self._streamed = isinstance(train_dataset, StreamedPacks)
         self._stream: Any = None  # a StatefulDataLoader
+        self._stream_position: dict[str, Any] | None = None  # after the last step
         self._unfinished: Path | None = None  # where a checkpoint is being written
         self._resumed: dict[str, Any] | None = None  # what this process saved in the checkpoint that is resumed
         self._run = Run(
@@ -296,6 +299,7 @@ class Echo4oTrainer(Trainer):
             self._left_out = self._resumed["left_out"]
             if self._streamed and not self.args.ignore_data_skip:
                 self._stream.load_state_dict(self._resumed["stream"])
+        self._last_log = time.monotonic()
         return prepared
 
     def _run_epoch(self, **state: Any) -> None:
@@ -311,8 +315,9 @@ class Echo4oTrainer(Trainer):
         return data.to(self.args.device) if isinstance(data, Tensor) else super()._prepare_input(data)
 
     def _maybe_log_save_evaluate(self, *arguments: Any, **options: Any) -> None:
-        if self._streamed:  # upstream counts from the step where this process began
-            self.state.epoch = self.state.global_step / self.state.max_steps
+        if self._streamed:
+            self.state.epoch = self.state.global_step / self.state.max_steps  # upstream's counts from the resumption
+            self._stream_position = self._stream.state_dict()
         super()._maybe_log_save_evaluate(*arguments, **options)
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -390,7 +395,7 @@ class Echo4oTrainer(Trainer):
         """What this process needs to go on, beyond upstream's."""
         return {
             "run": asdict(self._run),
-            "stream": self._stream.state_dict() if self._streamed else None,
+            "stream": self._stream_position,
             "left_out": self._left_out,
             "sums": self._sums.cpu(),
             "loss": self._tr_loss.cpu(),
@@ -426,6 +431,17 @@ class Echo4oTrainer(Trainer):
             with replaced(path) as partial:
                 partial.write_text("\n".join([*lines, ""]), encoding="utf-8")
             logger.warning(f"{len(left_out)} samples were left out; {path} lists them")
+
+
+class _Averaging(TrainerCallback):
+    """Averages in the weights after each step of the optimizer: `Trainer` has no other place for it."""
+
+    def __init__(self, trainer: Echo4oTrainer) -> None:
+        self.trainer = trainer
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        assert self.trainer.average is not None
+        self.trainer.average.update()
 
 
 def _counts(batch: dict[str, Any]) -> Tensor:
