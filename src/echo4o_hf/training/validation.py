@@ -117,7 +117,8 @@ class ValidationCallback(TrainerCallback):
         model = self.trainer.model
         # FSDP gathers what the root holds itself only in methods that it knows. `prefill` calls the model's forward,
         # which is the root's unless that is peft's wrapper.
-        for method in ("predict_velocity", "prefill") if is_peft_model(model) else ("predict_velocity",):
+        methods = ("prepare_noisy_block", "predict_velocity", *(["prefill"] if is_peft_model(model) else []))
+        for method in methods:
             register_fsdp_forward_method(model, method)
         vae = self.trainer.encoder.vae.to(self.trainer.args.device)
         scheduler = FlowMatchEulerDiscreteScheduler(shift=OFFICIAL_SHIFT)
