@@ -146,6 +146,8 @@ def test_items_without_a_score_are_left_out_of_a_comparison() -> None:
     )
     assert (found["num_items"], found["num_left_out"], found["same_judges"]) == (2, 2, False)
     assert (found["difference"], found["p_value"], found["smallest_detectable_difference"]) == (0.0, 1.0, None)
+    few = compare(results({"counting": [[0.0]]}), results({"counting": [[1.0]]}))
+    assert (few["difference"], few["p_value"], few["smallest_detectable_difference"]) == (1.0, 1.0, None)
     nothing = compare(results({"counting": [[None]]}), results({"counting": [[1.0]]}))
     assert (nothing["difference"], nothing["confidence_interval"], nothing["num_items"]) == (None, None, 0)
 

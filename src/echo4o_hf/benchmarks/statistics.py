@@ -295,16 +295,17 @@ def _mcnemar(table: Table) -> dict[str, Any]:
     }
 
 
-def _detectable(share: float, total: int) -> float:
+def _detectable(share: float, total: int) -> float | None:
     """The difference d that McNemar's test finds with 80 % power when `share` of the pairs disagree (Connor 1987).
 
-    Solves d * sqrt(total) = z * sqrt(share) + z_power * sqrt(share - d**2), a quadratic in d.
+    Solves d * sqrt(total) = z * sqrt(share) + z_power * sqrt(share - d**2), a quadratic in d; None where no d does,
+    with three pairs or fewer.
     """
     a, b = math.sqrt(total), _Z * math.sqrt(share)
     # (a d - b)^2 = z_power^2 (share - d^2)
     second, first, last = a**2 + _Z_POWER**2, -2 * a * b, b**2 - _Z_POWER**2 * share
-    found = (-first + math.sqrt(first**2 - 4 * second * last)) / (2 * second)
-    return min(found, share)
+    discriminant = first**2 - 4 * second * last
+    return None if discriminant < 0 else min((-first + math.sqrt(discriminant)) / (2 * second), share)
 
 
 def _bootstrap_test(table: Table, weights: Mapping[str, float], seed: int) -> dict[str, Any]:
