@@ -4,7 +4,6 @@ import importlib.util
 import json
 import math
 import resource
-import shutil
 import signal
 from pathlib import Path
 
@@ -172,18 +171,6 @@ def test_logs_are_of_tokens(make_trainer):
     assert trainer.model.config.use_cache is False
 
 
-def test_logs_between_which_a_run_was_resumed_are_of_all_their_steps(make_trainer, tmp_path):
-    settings = {"logging_steps": 4, "save_steps": 3, "max_steps": 8}
-    whole = make_trainer(**settings, output_dir=str(tmp_path / "a"))
-    whole.train()
-    make_trainer(**settings, output_dir=str(tmp_path / "b")).train()
-    shutil.rmtree(tmp_path / "b" / "checkpoint-8")
-    shutil.rmtree(tmp_path / "b" / "checkpoint-6")
-    resumed = make_trainer(**settings, output_dir=str(tmp_path / "b"))
-    resumed.train(resume_from_checkpoint=True)
-    assert history(resumed) == history(whole) and same(weights(resumed), weights(whole))
-
-
 # ------------------------------------------------------------------------------------------------------------ options
 
 
@@ -315,7 +302,9 @@ def test_a_full_disk_stops_and_leaves_the_last_checkpoint(make_trainer, tmp_path
         small_files(saved[part] - 1)
 
     trainer.add_callback(At(3, fill_disk))
-    with pytest.raises(OSError, match=r"checkpoint-4 cannot be written: .* The last good checkpoint is .*checkpoint-2"):
+    with pytest.raises(
+        OSError, match=r"checkpoint-4 cannot be written: .* The last good checkpoint is .*checkpoint-2"
+    ):
         trainer.train()
     small_files(resource.RLIM_INFINITY)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
@@ -336,45 +325,3 @@ def test_a_full_disk_at_the_end_leaves_the_model_that_was_there(make_trainer, tm
     assert same(load_file(tmp_path / "model.safetensors"), before)
     trainer.save_model()
     assert not same(load_file(tmp_path / "model.safetensors"), before)
-
-
-# ---------------------------------------------------------------------------------------------------------- go on
-
-
-def test_rotation_keeps_the_newest(make_trainer, tmp_path):
-    make_trainer(save_steps=1, max_steps=5, save_total_limit=2).train()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-4", "checkpoint-5"]
-
-
-def test_a_finished_run_has_nothing_left_to_do(make_trainer, tmp_path):
-    for streaming in (False, True):
-        settings = {"output_dir": str(tmp_path / str(streaming)), "max_steps": 5, "streaming": streaming}
-        trainer = make_trainer(**settings)
-        trainer.train()
-        again = make_trainer(**settings)
-        again.train(resume_from_checkpoint=True)
-        assert again.state.global_step == 5 and same(weights(again), weights(trainer))
-
-
-def test_without_a_checkpoint_training_starts_at_the_first_step(make_trainer, monkeypatch):
-    said = []
-    monkeypatch.setattr("echo4o_hf.training.trainer.logger.warning", said.append)
-    trainer = make_trainer(max_steps=2)
-    trainer.train(resume_from_checkpoint=True)
-    assert trainer.state.global_step == 2 and "no checkpoint" in said[0]
-
-
-def test_a_checkpoint_is_not_gone_on_from_with_other_steps(make_trainer, tmp_path):
-    make_trainer(max_steps=2).train()
-    other = make_trainer(max_steps=4, gradient_accumulation_steps=2)
-    with pytest.raises(ValueError, match="gradient_accumulation_steps at 1"):
-        other.train(resume_from_checkpoint=True)
-    other = make_trainer(max_steps=4, gradient_accumulation_steps=2, ignore_data_skip=True)
-    other.train(resume_from_checkpoint=True)
-    assert other.state.global_step == 4
-
-
-def test_a_checkpoint_of_the_model_alone_is_refused(make_trainer, tmp_path):
-    make_trainer(max_steps=2, save_only_model=True).train()
-    with pytest.raises(OSError, match=r"checkpoint-2 .* no position_0.pt"):
-        make_trainer(max_steps=4).train(resume_from_checkpoint=True)

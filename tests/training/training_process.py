@@ -7,6 +7,8 @@ process kills itself; `kill_while_saving`, a step in whose checkpoint it does so
 The processes are forks of one that has imported everything, with one thread: so they start at once.
 """
 
+import copy
+import functools
 import io
 import json
 import os
@@ -43,6 +45,7 @@ def picture(seed):
     return {"bytes": file.getvalue(), "path": None}
 
 
+@functools.cache
 def make_rows(count):
     """Drawings from a text, every third from a picture too, and every fourth row an answer."""
     rows = []
@@ -63,9 +66,15 @@ def make_rows(count):
     return datasets.Dataset.from_list(rows, features=datasets.Features({**features, "answer": text}))
 
 
-def make_model(components, seed=0):
-    """The miniature's sizes, with fewer and smaller layers."""
-    config = components["model"].config
+@functools.cache
+def load_miniature():
+    """Loaded once, and never changed."""
+    return load_components("bagel-miniature", dtype=torch.float32)
+
+
+def make_model(config, seed=0):
+    """The miniature, with fewer and smaller layers."""
+    config = copy.deepcopy(config)
     for part, hidden in ((config.text_config, 48), (config.vision_config, 48)):
         part.hidden_size, part.intermediate_size, part.num_hidden_layers = hidden, 64, 2
     config.text_config.layer_types = config.text_config.layer_types[:2]
@@ -87,10 +96,9 @@ def make_trainer(rows=24, kind=Echo4oTrainer, **settings):
         "seed": 3,
     }
     args = Echo4oTrainingArguments(**defaults | settings)
-    components = load_components("bagel-miniature", dtype=torch.float32)
-    model = prepare_model(make_model(components), args)
-    processor, vae = components["processor"], components["vae"]
-    config = components["model"].config
+    components = load_miniature()
+    processor, vae, config = components["processor"], components["vae"], components["model"].config
+    model = prepare_model(make_model(config), args)
     sizes = training_sizes(processor, config)
     builder = SampleBuilder(processor, config, vae.config, sizes=sizes, max_tokens=MAX_TOKENS, seed=args.seed)
     data = make_rows(rows)
