@@ -100,7 +100,7 @@ def test_a_half_point_stays_one() -> None:
 
 def test_the_reasons_are_kept() -> None:
     reply = "Fantasy Fulfillment: 8\nReason: it is\na cube\nIdentity Preservation: 7 - peel\nAesthetic Quality: 9\n"
-    assert parse(reply, CUBE).reason == "fantasy_fulfillment: it is\na cube\nidentity_preservation: peel"
+    assert parse(reply, CUBE).reason == "fantasy fulfillment: it is\na cube\nidentity preservation: peel"
 
 
 @pytest.mark.parametrize(
@@ -294,7 +294,7 @@ def test_a_strict_reply() -> None:
     scores = {name: {"reason": f"as {place}", "score": 8 - place} for place, name in enumerate(DIMENSIONS)}
     verdict = parse(f"{json.dumps(scores)}", CUBE, "strict")
     assert verdict.score == pytest.approx(0.8 * 7 + 0.2 * 6)
-    assert verdict.reason == "fantasy_fulfillment: as 0\nidentity_preservation: as 1\naesthetic_quality: as 2"
+    assert verdict.reason == "fantasy fulfillment: as 0\nidentity preservation: as 1\naesthetic quality: as 2"
 
 
 # --- what the verdicts come to ---

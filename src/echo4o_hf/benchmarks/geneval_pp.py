@@ -39,15 +39,15 @@ NAME = "geneval_pp"
 PUBLISHED_JUDGE = "openai:gpt-4.1"
 LEVELS = (0, 1)  # of a score: wrong, right
 
-TAGS = {  # tag: the paper's column
-    "color_attr": "Color",
-    "counting": "Count",
-    "color_count_attr": "Color/Count",
-    "color_spatial_attr": "Color/Pos",
-    "spatial_count_attr": "Pos/Count",
-    "size_spatial_attr": "Pos/Size",
-    "multi_object_count_attr": "Multi-Count",
-}
+TAGS = (
+    "color_attr",
+    "counting",
+    "color_count_attr",
+    "color_spatial_attr",
+    "spatial_count_attr",
+    "size_spatial_attr",
+    "multi_object_count_attr",
+)
 GROUP_WEIGHTS = dict.fromkeys(TAGS, 1.0)
 REGIONS = {"left": "left half", "right": "right half", "above": "upper half", "below": "lower half"}
 SIZES = ("larger", "smaller")
@@ -93,7 +93,7 @@ def validate_item(item: Any, where: str) -> None:
         ValueError: a key is missing or unknown, or a value is not one the schema knows.
     """
     _check_keys(item, where, {"tag", "prompt", "include"}, {"exclude"})
-    _check(item["tag"] in tuple(TAGS), where, f"tag must be one of {', '.join(TAGS)}", item["tag"])
+    _check(item["tag"] in TAGS, where, f"tag must be one of {', '.join(TAGS)}", item["tag"])
     _check_text(item["prompt"], where, "prompt")
     for key, optional, least in (("include", {"color", "region", "size"}, 1), ("exclude", set(), 0)):
         clauses = item.get(key, [])

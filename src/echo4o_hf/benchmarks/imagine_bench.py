@@ -162,7 +162,7 @@ def parse(reply: str, item: Mapping[str, Any], protocol: Protocol = "official") 
     last = ends[0]
     if any(other[name].score != last[name].score for other in ends for name in DIMENSIONS):
         return Verdict(None, unscored="the reply gives other scores in its lines than in its JSON")
-    reasons = "\n".join(f"{name}: {given.reason}" for name, given in last.items() if given.reason)
+    reasons = "\n".join(f"{name.replace('_', ' ')}: {given.reason}" for name, given in last.items() if given.reason)
     scores = {name: given.score for name, given in last.items() if given.score is not None}
     if problems := [given.problem for given in last.values() if given.score is None]:
         return Verdict(None, reasons, scores, problems[0])

@@ -183,7 +183,7 @@ def _self_agreement(question: Question, answers: Answers) -> dict[str, Any]:
     """How far the repeats of one judge agree with each other."""
     missing = [Verdict(None, unscored="no image")] * question.repeats
     rows = [verdicts or missing for verdicts in answers.verdicts]
-    return question.agreement({f"repeat {k}": [row[k] for row in rows] for k in range(question.repeats)})
+    return question.agreement({f"repeat {k + 1}": [row[k] for row in rows] for k in range(question.repeats)})
 
 
 def _items(question: Question, answers: Sequence[Answers], final: Sequence[Verdict]) -> list[dict[str, Any]]:

@@ -14,6 +14,15 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 TITLES = {"geneval_pp": "GenEval++", "imagine_bench": "Imagine-Bench", "shapes_140": "Shapes-140"}
+COLUMNS = {  # GenEval++'s tags, as the paper's table calls them
+    "color_attr": "Color",
+    "counting": "Count",
+    "color_count_attr": "Color/Count",
+    "color_spatial_attr": "Color/Pos",
+    "spatial_count_attr": "Pos/Count",
+    "size_spatial_attr": "Pos/Size",
+    "multi_object_count_attr": "Multi-Count",
+}
 
 # Controls, zero-width and direction marks, half surrogate pairs, tags: what hides text or turns it round.
 _INVISIBLE = re.compile(
@@ -136,7 +145,11 @@ class Section:
 
     def kappa(self, value: float | None) -> str:
         """Cohen's kappa, or another number of its size."""
-        return "–" if value is None else f"{value:.3f}"
+        return "–" if value is None else f"{value:.3f}".replace("-", "\N{MINUS SIGN}")
+
+    def column(self, group: str) -> str:
+        """What a table calls a tag or a type."""
+        return COLUMNS.get(group, group.replace("_", " "))
 
     def cost(self, value: float | None) -> str:
         """An amount of money in the currency of the prices."""
@@ -173,17 +186,19 @@ def _section(runs: Sequence[Run], published: Published, comparisons: Sequence[Co
     benchmark, protocol, items = runs[0].question
     official = protocol == "official"
     metric = benchmark if official else f"{benchmark}_{protocol}"
-    title = TITLES.get(benchmark, benchmark)
+    title = (
+        TITLES.get(benchmark, benchmark) if official else f"{TITLES.get(benchmark, benchmark)}, {protocol} protocol"
+    )
     own_items = {question[2] for question in published if question[0] == benchmark}
-    if own_items and items not in own_items:
-        title = f"{title}'s protocol, other items"  # such scores are not the benchmark's
+    if own_items and items not in own_items:  # such scores are not the benchmark's
+        title = f"{TITLES.get(benchmark, benchmark)}'s {'' if official else f'{protocol} '}protocol, other items"
     kind = "per_type" if "per_type" in runs[0].results["scores"] else "per_tag"
     rows = [scores_row(run.results["scores"], metric, kind, run.name, place) for place, run in enumerate(runs)]
     return Section(
-        title=title if official else f"{title}, {protocol} protocol",
+        title=title,
         metric=metric,
         maximum=10.0 if kind == "per_type" else 1.0,
-        groups=list(dict.fromkeys(group for row in rows for group in row.groups)),
+        groups=sorted(dict.fromkeys(group for row in rows for group in row.groups), key=_place),
         runs=runs,
         rows=rows,
         published=[
@@ -197,6 +212,11 @@ def _section(runs: Sequence[Run], published: Published, comparisons: Sequence[Co
         ],
         comparisons=[one for one in comparisons if one.first in runs and one.second in runs],
     )
+
+
+def _place(group: str) -> int:
+    """Where the paper's table has it; all else keeps its order."""
+    return [*COLUMNS].index(group) if group in COLUMNS else len(COLUMNS)
 
 
 def scores_row(scores: Mapping[str, Any], metric: str, kind: str, name: str, place: int | None = None) -> Row:

@@ -16,12 +16,14 @@ _LATEX = {
     "\\": r"\textbackslash{}",
     "~": r"\textasciitilde{}",
     "^": r"\textasciicircum{}",
-    "–": "--",
+    "–": r"\textendash{}",
     "\N{MINUS SIGN}": "$-$",
     "<": r"\textless{}",
     ">": r"\textgreater{}",
     "|": r"\textbar{}",
-    '"': r"\textquotedbl{}",
+    '"': r"{\char`\"}",  # \textquotedbl needs the encoding T1
+    "`": r"\textasciigrave{}",  # else two are one quote
+    **{bracket: f"{{{bracket}}}" for bracket in "[]*"},  # at the start of a row they are arguments of \\ before
     **{character: f"\\{character}" for character in "&%$#_{}"},
 }
 
@@ -79,4 +81,4 @@ def markdown_text(text: object) -> str:
 def latex_text(text: object) -> str:
     """Text that LaTeX sets as it is."""
     line = " ".join(visible(str(text)).split())
-    return "".join(_LATEX.get(character, character) for character in line)
+    return "".join(_LATEX.get(character, character) for character in line).replace("--", "-{}-")
