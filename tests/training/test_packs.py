@@ -21,6 +21,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 import echo4o_hf  # noqa: F401
 from echo4o_hf.miniature.training import SHARED, miniature_config
 from echo4o_hf.model.processing_bagel import BagelProcessor
+from echo4o_hf.training.collator import PackCollator
 from echo4o_hf.training.packs import EagerPacks, PackSampler, StreamedPacks, plan_packs
 from echo4o_hf.training.samples import OversizeError, SampleBuilder, SampleError
 from echo4o_hf.training.sizes import training_sizes
@@ -94,12 +95,13 @@ def realistic(count: int) -> list[int]:
     return (4096 + texts[kinds, np.arange(count)] + 5470 * references).tolist()
 
 
-def test_packs_are_full_and_quickly_planned() -> None:
+@pytest.mark.parametrize("window", [256, 1000])
+def test_packs_are_full_and_quickly_planned(window: int) -> None:
     lengths = realistic(20_000)
     start = time.perf_counter()
-    packs = plan_packs(lengths, 30_720, seed=0)
-    assert time.perf_counter() - start < 2
-    assert sum(lengths) / (30_720 * len(packs)) > 0.95
+    packs = plan_packs(lengths, 30_720, seed=0, window=window)
+    assert time.perf_counter() - start < 2  # measured: 0.2
+    assert sum(lengths) / (30_720 * len(packs)) > 0.96
 
 
 # -------------------------------------------------------------------------------------------------------------- eager
@@ -327,17 +329,17 @@ def test_packs_hold_what_fits_and_differ_between_epochs() -> None:
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("kind", DATA)
 def test_goes_on_after_any_pack(kind: str, workers: int) -> None:
-    total = 60
+    total = 50
     loader = loader_of(streamed(DATA[kind]()), workers)
     whole, states = [], []
     for pack in islice(loader, total):
         whole.append(pack)
         states.append(loader.state_dict())
     assert max(id.split(":")[0] for pack in whole for id in pack) >= "1"  # epochs inside
-    for cut in range(0, total - 8, 1 if workers == 0 else 7):
+    for cut in range(0, total - 5, 1 if workers == 0 else 7):
         loader = loader_of(streamed(DATA[kind]()), workers)
         loader.load_state_dict(torch_round_trip(states[cut]))
-        assert list(islice(loader, 8)) == whole[cut + 1 : cut + 9], f"after pack {cut}"
+        assert list(islice(loader, 5)) == whole[cut + 1 : cut + 6], f"after pack {cut}"
 
 
 def torch_round_trip(state: dict) -> dict:
@@ -371,6 +373,16 @@ def test_goes_on_twice() -> None:
         seen += islice(loader, 3)
         state = loader.state_dict()
     assert seen == whole
+
+
+def test_a_position_is_for_one_iteration() -> None:
+    packs = streamed()
+    whole = [[row["id"] for row in rows] for _, rows in islice(packs, 8)]
+    state = packs.state_dict()
+    assert [[row["id"] for row in rows] for _, rows in islice(packs, 8)] == whole
+    packs.load_state_dict(state)
+    assert [row["id"] for row in next(iter(packs))[1]] not in whole
+    assert [[row["id"] for row in rows] for _, rows in islice(packs, 8)] == whole
 
 
 @pytest.mark.parametrize("workers", [3, 4])
@@ -419,6 +431,16 @@ def test_rows_that_cannot_be_used_come_along_once_per_epoch() -> None:
     assert len({id for id in seen if seen[id] == 2} - bad) >= 14 - len(rows)
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_collator_reports_streamed_rows_that_cannot_be_used(make_builder, miniature_rows, workers: int) -> None:
+    rows = miniature_rows().add_column("answer", [None] * 39 + ["both"])
+    builder = make_builder()
+    packs = StreamedPacks(rows.to_iterable_dataset(), builder, 300, 0, on_error="skip", shuffle_window=16)
+    loader = StatefulDataLoader(packs, collate_fn=PackCollator(builder, on_error="skip"), num_workers=workers)
+    left_out = [item for batch in islice(loader, 10) for item in batch["left_out"]]
+    assert left_out[0] == (rows[39]["id"], "must have an output_image or an answer, not both")
+
+
 def test_goes_on_where_whole_windows_cannot_be_used() -> None:
     loader = loader_of(streamed(with_bad(), on_error="skip", shuffle_window=4), 0)
     whole, states = [], []
@@ -431,7 +453,7 @@ def test_goes_on_where_whole_windows_cannot_be_used() -> None:
         assert list(islice(again, 9)) == whole[cut + 1 : cut + 10]
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, 1])
 def test_a_row_that_cannot_be_used_is_named(workers: int) -> None:
     with pytest.raises(SampleError, match="words|empty text"):
         list(islice(loader_of(streamed(with_bad()), workers), 30))

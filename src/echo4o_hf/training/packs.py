@@ -19,6 +19,8 @@ from .samples import OversizeError, SampleBuilder, SampleError
 OnError = Literal["raise", "skip"]
 Row = Mapping[str, Any]
 SHOWN = 10  # rows in an error's message
+# Of a stream: the window in work, the dataset's position at its start, packs of it that are done.
+BEGINNING: dict[str, Any] = {"epoch": 0, "window": 0, "position": None, "done": 0}
 EMPTY_EPOCHS = 10  # one worker's shards may be empty, and full ones in the next epoch
 # What a builder draws at random does not change lengths: these are left out of the name of the cached ones.
 _NOT_MEASURED = (
@@ -41,7 +43,9 @@ def plan_packs(lengths: Sequence[int], max_tokens: int, seed: int, window: int =
     """Fill packs of at most `max_tokens` with rows, each of which is in exactly one of them.
 
     Rows are shuffled, then packed within windows: the longest first, each into the fullest pack that has room (best
-    fit decreasing). Packs are shuffled too.
+    fit decreasing). Packs are shuffled too. At the full size, 30 720 tokens hold seven targets of 4 096 with their
+    texts, and mixtures of Echo-4o-Image fill them to 96 % or more; 28 672, seven times 4 096, hold only six, and no
+    plan fills them to more than 81 to 92 %.
 
     Args:
         lengths: Tokens of each row.
@@ -255,48 +259,55 @@ class StreamedPacks(IterableDataset[tuple[int, list[Row]]]):
             "rank": rank,
             "world": world,
         }
-        self._state: dict[str, Any] = {"epoch": 0, "window": 0, "position": None, "done": 0}
+        self._next = self._state = dict(BEGINNING)
 
     def state_dict(self) -> dict[str, Any]:
         """Where this process, or this worker of it, goes on."""
         return {"settings": self.settings, **self._state}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on after the pack that was the last before `state_dict`.
+        """Let the next iteration, and that one alone, begin after the pack that was the last before `state_dict`.
 
         Raises:
             ValueError: the state is of a run whose packs were others.
         """
         if state["settings"] != self.settings:
             raise ValueError(f"cannot go on with {self.settings}: the position was saved with {state['settings']}")
-        self._state = {name: state[name] for name in self._state}
+        self._next = self._state = {name: state[name] for name in BEGINNING}
 
     def __iter__(self) -> Iterator[tuple[int, list[Row]]]:
-        done = self._state["done"]
-        start: tuple[int, int, dict[str, Any] | None] | None = None
+        self._state, self._next = self._next, dict(BEGINNING)
+        return self._packs(**self._state)
+
+    def _packs(
+        self, epoch: int, window: int, position: dict[str, Any] | None, done: int
+    ) -> Iterator[tuple[int, list[Row]]]:
+        packed_epoch = epoch
+        start: dict[str, Any] = {}
         failed: list[Row] = []
-        last_epoch = self._state["epoch"]
-        for epoch, window, position, rows in self._windows():
-            start = start or (epoch, window, position)
+        for here, rows in self._windows(epoch, window, position):
+            start = start or here
+            epoch = here["epoch"]
             usable, lengths = self._measure(rows, failed)
             if not usable:
-                if epoch > last_epoch + 1:
+                if epoch > packed_epoch + 1:
                     raise ValueError(f"no row of epoch {epoch - 1} can be used, like {failed[0]['id']}")
                 continue
-            seed = random_seed(self.settings["seed"], epoch, window)
+            seed = random_seed(self.settings["seed"], epoch, here["window"])
             packs = [
                 [usable[place] for place in pack] for pack in plan_packs(lengths, self.settings["max_tokens"], seed)
             ]
             packs[0] += failed
             for pack in packs[done:]:
                 done += 1
-                self._state = {"epoch": start[0], "window": start[1], "position": start[2], "done": done}
+                self._state = {**start, "done": done}
                 yield epoch, pack
-            done, start, failed, last_epoch = 0, None, [], epoch
+            done, start, failed, packed_epoch = 0, {}, [], epoch
 
-    def _windows(self) -> Iterator[tuple[int, int, dict[str, Any] | None, list[Row]]]:
-        """From the state on: epoch, number in the epoch, position in the dataset at its start, rows."""
-        epoch, window, position = self._state["epoch"], self._state["window"], self._state["position"]
+    def _windows(
+        self, epoch: int, window: int, position: dict[str, Any] | None
+    ) -> Iterator[tuple[dict[str, Any], list[Row]]]:
+        """The windows from that one on: epoch, number in the epoch and position of the dataset at its start; rows."""
         empty_epochs = 0
         # Made here: the number of the epoch lies in memory that a dataset shares with the workers it was sent to.
         part = split_dataset_by_node(self.rows, self.settings["rank"], self.settings["world"])
@@ -308,7 +319,7 @@ class StreamedPacks(IterableDataset[tuple[int, list[Row]]]):
             part.load_state_dict(position or {})
             iterator, empty_epochs = iter(part), empty_epochs + (position is None)
             while rows := list(islice(iterator, self.settings["shuffle_window"])):
-                yield epoch, window, position, rows
+                yield {"epoch": epoch, "window": window, "position": position}, rows
                 window, position, empty_epochs = window + 1, part.state_dict(), 0
             if empty_epochs == EMPTY_EPOCHS:
                 raise ValueError(f"no rows for process {self.settings['rank']} of {self.settings['world']}")

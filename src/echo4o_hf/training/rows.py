@@ -216,7 +216,7 @@ def _undecoded(rows: datasets.Dataset) -> datasets.Dataset:
             features[column] = FEATURES[column]
     info = rows.info.copy()
     info.features = features
-    fingerprint = Hasher.hash((rows._fingerprint, features))
+    fingerprint = Hasher.hash((rows._fingerprint, "undecoded"))
     return datasets.Dataset(rows.data, info=info, split=rows.split, fingerprint=fingerprint)
 
 
