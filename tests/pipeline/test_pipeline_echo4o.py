@@ -6,6 +6,7 @@ import skimage.data
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
+from torch._dynamo.testing import CompileCounter
 
 from echo4o_hf.pipeline.pipeline_echo4o import Echo4oPipeline, Echo4oPipelineOutput
 from echo4o_hf.pipeline.prompts import THINKING_PROMPT
@@ -304,3 +305,23 @@ def test_weights_that_are_not_numbers_are_no_black_image(pipe, part):
 def test_a_vae_of_another_model_is_refused(pipe):
     with pytest.raises(ValueError, match="the VAE has 8 latent channels and 8 pixels a latent, .* expects 4 and 8"):
         Echo4oPipeline(pipe.model, make_vae(latent_channels=8), pipe.scheduler, pipe.processor)
+
+
+def test_compiled_layers_serve_all_updates_and_prompts(pipe):
+    prompts = ["a red circle", "a much longer prompt about two blue squares", "one"]
+    settings = {"height": 32, "width": 32, "num_inference_steps": 8, "output_type": "latent"}
+    expected = [pipe(prompt, generator=seed(0), **settings).images for prompt in prompts]
+    torch._dynamo.reset()
+    graphs = CompileCounter()
+    pipe.compile(backend=graphs)
+    actual = [pipe(prompts[0], generator=seed(0), **settings).images]
+    assert graphs.frame_count == 2  # with guidance, and without
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        actual += [pipe(prompt, generator=seed(0), **settings).images for prompt in prompts[1:]]
+    assert graphs.frame_count == 2
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
+
+
+def test_setting_the_attention_backend(pipe):
+    pipe.set_attention_backend("eager")
+    assert pipe.model.config.text_config._attn_implementation == "eager"

@@ -87,6 +87,8 @@ class Branch(NamedTuple):
             torch.cat([x, x.new_empty(*x.shape[:2], num_tokens, x.shape[3])], dim=2)
             for x in (cached.keys, cached.values)
         )
+        for states in (keys, values):  # compiled layers serve contexts of all lengths
+            torch._dynamo.maybe_mark_dynamic(states, 2)
         return cls(num_rows, keys, values, mask, has_room=True)
 
     def append(self, cached: Tensor, new: Tensor) -> Tensor:

@@ -379,6 +379,11 @@ class BagelPreTrainedModel(PreTrainedModel):
         model, info = super().from_pretrained(folder, *args, **kwargs)
         check_loading_info(info, folder)
         check_finite(model, folder)
+        for module in model.modules():
+            if type(module).__name__ == "Linear4bit":
+                # On CPUs, bitsandbytes would repack weights for inference: they crash on an empty stream, and later
+                # pass no gradients.
+                module.support_avx512bf16_for_cpu = False
         return (model, info) if with_info else model
 
 
@@ -737,7 +742,7 @@ class BagelForConditionalGeneration(BagelPreTrainedModel, GenerationMixin):
         ]
         position_ids = torch.cat([context.next_position for context in contexts])[:, None].expand(-1, 2 + num_tokens)
         return NoisyBlock(
-            markers=self.get_input_embeddings()(markers).expand(len(grids), -1, -1),
+            markers=self.get_input_embeddings()(markers).repeat(len(grids), 1, 1),
             latent_positions=self.latent_positions([[grid] for grid in grids], num_tokens, device),
             position_embeddings=text_model.rotary_emb(position_ids.float(), position_ids),
             branches=[

@@ -130,6 +130,25 @@ class Echo4oPipeline(LoraMixin, DiffusionPipeline):
         )
         return cls(**components)
 
+    def set_attention_backend(self, backend: str) -> None:
+        """Choose the attention of the model: "sdpa", "eager", "flex_attention", "flash_attention_2" ....
+
+        The same as `pipe.model.set_attn_implementation`.
+        """
+        self.model.set_attn_implementation(backend)
+
+    def compile(self, **options: Any) -> None:
+        """Compile the layers that denoise images, with `torch.compile`.
+
+        One graph serves all layers, all updates and prompts of any length; another number of images, and updates
+        without guidance, make their own. Prompts and references are still read uncompiled, as each has its length.
+
+        Args:
+            **options: of `torch.compile`; `fullgraph=True` by default.
+        """
+        for layer in self.model.language_model.model.layers:
+            layer.compile(**{"fullgraph": True, **options})
+
     @torch.no_grad()
     def __call__(
         self,
@@ -204,7 +223,8 @@ class Echo4oPipeline(LoraMixin, DiffusionPipeline):
         )
 
         # 2. Read references and prompts, once each.
-        contexts = self.encode_contexts(prompts, max_think_tokens if thinking else None)
+        with torch.compiler.set_stance("force_eager"):  # a prompt's length is seldom met twice
+            contexts = self.encode_contexts(prompts, max_think_tokens if thinking else None)
 
         # 3. Draw the noise.
         latents = self.prepare_latents(grids, generator, latents)
