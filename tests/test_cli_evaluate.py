@@ -9,6 +9,7 @@ import pytest
 from echo4o_hf.benchmarks.results import read_results
 from echo4o_hf.cli import main
 from echo4o_hf.cli.evaluate import _usage
+from echo4o_hf.cli.parser import build_parser
 from echo4o_hf.miniature.captions import scene_for
 from echo4o_hf.miniature.items import load_items
 from echo4o_hf.miniature.world import render
@@ -58,6 +59,16 @@ def test_evaluate_with_several_judges_and_repeats(shapes: Path, capsys: pytest.C
     assert "14 unscored: a tie" in capsys.readouterr().out
 
 
+def test_each_judge_has_options_of_its_own() -> None:
+    given = (
+        "--judge-option a=1 --judge x --judge-option b=[2,8] --judge y --judge-option a=2 --judge-option c=z --judge w"
+    )
+    arguments = ["evaluate", "geneval_pp", "--images", "i", "-o", "o", *given.split()]
+    for _ in range(2):  # nothing is left of the first time
+        judges = build_parser().parse_args(arguments).judges
+        assert judges == [("x", {"a": 1, "b": [2, 8]}), ("y", {"a": 2, "c": "z"}), ("w", {"a": 1})]
+
+
 def test_usage_of_a_judge() -> None:
     judge = {"calls": 2, "from_store": 1, "input_tokens": 0, "output_tokens": None, "cost": None, "total_cost": None}
     assert list(_usage(judge)) == ["2 calls", "1 replies from the store"]
@@ -87,6 +98,7 @@ def test_evaluate_exits_with_2_where_nothing_could_be_judged(shapes: Path, capsy
         ({"judge": "gpt-4.1"}, "'gpt-4.1'"),
         ({"judge": "openai:gpt-4.1"}, "OPENAI_API_KEY"),
         ({"options": ["--judge-option", "temperature=0"]}, "shapes takes other options than temperature"),
+        ({"options": ["--judge", "shapes"]}, "several with different names; got ['shapes', 'shapes']"),
         ({"options": ["--concurrency", "0"]}, "concurrency must be at least 1, got 0"),
         ({"options": ["--repeats", "0"]}, "repeats must be at least 1; got 0"),
         ({"options": ["--numbering", "1"]}, "there is no item 0"),

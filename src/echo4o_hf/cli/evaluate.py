@@ -11,6 +11,25 @@ from typing import Any
 from .command import BENCHMARKS, Command, name_and_value
 
 
+class _AddJudge(argparse.Action):
+    """A judge with the options so far."""
+
+    def __call__(self, parser: object, namespace: argparse.Namespace, value: Any, option: str | None = None) -> None:
+        namespace.judges = [*(namespace.judges or []), (value, namespace.judge_options)]
+
+
+class _AddJudgeOption(argparse.Action):
+    """An option of the last judge, or of all to come."""
+
+    def __call__(self, parser: object, namespace: argparse.Namespace, value: Any, option: str | None = None) -> None:
+        given = dict([value])
+        if namespace.judges:
+            spec, options = namespace.judges[-1]
+            namespace.judges = [*namespace.judges[:-1], (spec, {**options, **given})]
+        else:
+            namespace.judge_options = {**namespace.judge_options, **given}
+
+
 def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("benchmark", metavar="BENCHMARK", choices=BENCHMARKS, help=" or ".join(BENCHMARKS))
     parser.add_argument(
@@ -23,7 +42,7 @@ def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--items", type=Path, metavar="FILE", help="JSON lines (default: the benchmark's own)")
     parser.add_argument(
         "--judge",
-        action="append",
+        action=_AddJudge,
         required=True,
         dest="judges",
         metavar="JUDGE",
@@ -31,12 +50,14 @@ def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--judge-option",
-        action="append",
-        default=[],
+        action=_AddJudgeOption,
+        default={},
         dest="judge_options",
         type=name_and_value,
         metavar="NAME=VALUE",
-        help="of every judge, such as max_tokens=2048 or base_url=http://localhost:8000/v1; repeat it for several",
+        help="of the judge before it, or of all judges after it where it comes first: such as max_tokens=2048, "
+        "base_url=http://localhost:8000/v1 or, for the cost, prices=[2,8] of a million tokens in and out; "
+        "repeat it for several",
     )
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="results to write, as JSON")
     parser.add_argument(
@@ -85,7 +106,11 @@ def _evaluate(args: argparse.Namespace) -> None:
             args.benchmark,
             pictures,
             items,
-            judge=load_judges(args.judges, args.benchmark, args.protocol, dict(args.judge_options)),
+            judge=[
+                judge
+                for spec, options in args.judges
+                for judge in load_judges(spec, args.benchmark, args.protocol, options)
+            ],
             protocol=args.protocol,
             repeats=args.repeats,
             store=store,
