@@ -24,6 +24,42 @@ def test_an_unknown_judge_is_refused_with_the_list(spec):
         load_judge(spec)
 
 
+@pytest.mark.parametrize("spec", ["openai:m", "hf:m"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": "hot"},
+        {"temperature": -1},
+        {"temperature": float("nan")},
+        {"max_tokens": 0},
+        {"max_tokens": 10.5},
+        {"response_format": "json"},
+        {"max_retries": -1},
+        {"max_retries": True},
+        {"timeout": 0},
+        {"timeout": "abc"},
+        {"base_url": "localhost:8000"},
+        {"base_url": 5},
+        {"prices": [2]},
+    ],
+    ids=str,
+)
+def test_options_that_cannot_be_meant_are_refused(spec, options):
+    ((name, value),) = options.items()
+    key = {"api_key" if spec == "openai:m" else "token": "k"}
+    with pytest.raises(ValueError, match=name) as error:
+        load_judge(spec, **key, **options)
+    assert repr(value) in str(error.value)
+
+
+def test_a_key_that_is_no_text_is_not_shown():
+    for spec, name in (("openai:m", "api_key"), ("hf:m", "token")):
+        with pytest.raises(ValueError, match="key must be a text; got int"):
+            load_judge(spec, **{name: 12345})
+    with pytest.raises(ValueError, match="extra_body must be an object; got 3"):
+        load_judge("openai:m", api_key="k", extra_body=3)
+
+
 @pytest.mark.parametrize(
     ("spec", "module", "advice"),
     [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -20,6 +21,44 @@ _SHOWN = 300  # characters of a server's message
 
 class BrokenReply(ValueError):
     """A reply that arrived and is not a completion; another attempt may give one."""
+
+
+def request_options(
+    temperature: float | None,
+    max_tokens: int | None,
+    response_format: Mapping[str, Any] | None,
+    **others: Any,
+) -> dict[str, Any]:
+    """The options that go into a request; None leaves one out.
+
+    Args:
+        temperature: From 0.
+        max_tokens: From 1.
+        response_format: As the API takes it.
+        others: `max_retries`, `timeout`, `key` and `base_url`, only to be checked.
+
+    Raises:
+        ValueError: one of them is something else; a key is not shown.
+    """
+    found = {"temperature": temperature, "max_tokens": max_tokens, "response_format": response_format}
+    expected = {
+        "temperature": ("a number from 0, or null", lambda one: type(one) in (int, float) and 0 <= one < math.inf),
+        "max_tokens": ("a whole number from 1, or null", lambda one: type(one) is int and one >= 1),
+        "response_format": ("an object, or null", lambda one: isinstance(one, Mapping)),
+        "max_retries": ("a whole number from 0", lambda one: type(one) is int and one >= 0),
+        "timeout": ("a number of seconds above 0", lambda one: type(one) in (int, float) and 0 < one < math.inf),
+        "key": ("a text", lambda one: isinstance(one, str)),
+        "base_url": ("an address such as http://localhost:8000/v1", _is_address),
+    }
+    for name, value in {**found, **others}.items():
+        text, holds = expected[name]
+        if value is not None and not holds(value):
+            raise ValueError(f"{name} must be {text}; got {type(value).__name__ if name == 'key' else repr(value)}")
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _is_address(value: Any) -> bool:
+    return isinstance(value, str) and urlsplit(value).scheme in ("http", "https") and bool(urlsplit(value).netloc)
 
 
 def chat_messages(system: str, prompt: str, images: Sequence[Image.Image]) -> list[dict[str, Any]]:

@@ -14,7 +14,15 @@ from huggingface_hub import InferenceClient, get_token
 from huggingface_hub.errors import HfHubHTTPError, InferenceTimeoutError
 from PIL import Image
 
-from echo4o_hf.judges.chat import BrokenReply, chat_messages, complete, hide, public_url, server_message
+from echo4o_hf.judges.chat import (
+    BrokenReply,
+    chat_messages,
+    complete,
+    hide,
+    public_url,
+    request_options,
+    server_message,
+)
 from echo4o_hf.judges.judge import JudgeFailed, JudgeStopped, Reply, judge_prices
 
 _FIRST_WAIT, _LONGEST_WAIT = 0.5, 8.0  # seconds of back-off
@@ -40,7 +48,7 @@ class HFJudge:
         prices: Of a million input and a million output tokens, such as (0.6, 2.4), for the cost in results.
 
     Raises:
-        ValueError: the provider is unknown, or `prices` are not two numbers from 0.
+        ValueError: an argument is not as above, or the provider is unknown.
     """
 
     reads_system = True
@@ -64,8 +72,15 @@ class HFJudge:
         self.prices = prices
         judge_prices(self)  # wrong ones are told before anything is paid
         self.max_retries = max_retries
-        options = {"temperature": temperature, "max_tokens": max_tokens, "response_format": response_format}
-        self._options = {key: value for key, value in options.items() if value is not None}
+        self._options = request_options(
+            temperature,
+            max_tokens,
+            response_format,
+            max_retries=max_retries,
+            timeout=timeout,
+            key=token,
+            base_url=base_url,
+        )
         self._where = {"base_url": public_url(base_url)} if base_url else {"provider": provider}
         self._token = token
         self._client = InferenceClient(

@@ -10,7 +10,16 @@ from typing import Any
 import openai
 from PIL import Image
 
-from echo4o_hf.judges.chat import BrokenReply, chat_messages, complete, hide, is_flagged, public_url, server_message
+from echo4o_hf.judges.chat import (
+    BrokenReply,
+    chat_messages,
+    complete,
+    hide,
+    is_flagged,
+    public_url,
+    request_options,
+    server_message,
+)
 from echo4o_hf.judges.judge import JudgeFailed, JudgeStopped, Reply, judge_prices
 
 _CONNECT_SECONDS = 10.0
@@ -39,7 +48,7 @@ class OpenAIJudge:
 
     Raises:
         JudgeStopped: there is no key, and the endpoint is OpenAI's.
-        ValueError: `prices` are not two numbers from 0.
+        ValueError: an argument is not as above.
     """
 
     reads_system = True
@@ -60,14 +69,23 @@ class OpenAIJudge:
     ) -> None:
         base_url = base_url or os.environ.get("OPENAI_BASE_URL")
         self._key = api_key or os.environ.get("OPENAI_API_KEY")
+        self._options = request_options(
+            temperature,
+            max_tokens,
+            response_format,
+            max_retries=max_retries,
+            timeout=timeout,
+            key=self._key,
+            base_url=base_url,
+        )
+        if not isinstance(extra_body, Mapping | None):
+            raise ValueError(f"extra_body must be an object; got {extra_body!r}")
         if not self._key and not base_url:
             raise JudgeStopped("there is no key: set OPENAI_API_KEY, or OPENAI_BASE_URL for an endpoint of your own")
         self.model = model
         self.name = f"openai:{model}"
         self.prices = prices
         judge_prices(self)  # wrong ones are told before anything is paid
-        options = {"temperature": temperature, "max_tokens": max_tokens, "response_format": response_format}
-        self._options = {key: value for key, value in options.items() if value is not None}
         self._extra_body = dict(extra_body or {})
         self._client = openai.OpenAI(
             api_key=self._key or "none",  # the client wants one
