@@ -297,9 +297,33 @@ def test_bad_input_says_what_to_do(pipe, batch_sizes, arguments, message):
 def test_weights_that_are_not_numbers_are_no_black_image(pipe, part):
     with torch.no_grad():
         (pipe.model.llm2vae.bias if part == "model" else pipe.vae.decoder.conv_out.bias).fill_(float("nan"))
-    where = "the latents of image 0" if part == "model" else "image 0 out of the VAE"
-    with pytest.raises(ValueError, match=f"{where} .*NaN or infinite"):
+    where = "the latents of image 0 are" if part == "model" else "image 0 out of the VAE holds"
+    with pytest.raises(ValueError, match=f"{where} NaN or infinite"):
         pipe("a cat", num_inference_steps=1)
+
+
+def test_the_update_is_named_that_broke_an_image(pipe):
+    def breaks(pipeline, step, timestep, tensors):
+        latents = tensors["latents"].clone()
+        if step == 1:
+            latents[1, 3, 0] = float("inf")
+        return {"latents": latents}
+
+    with pytest.raises(ValueError, match="image 1 are NaN or infinite from update 2 of 3 on"):
+        pipe(["a cat", "a dog"], callback_on_step_end=breaks, **FAST)
+
+
+def test_a_callback_may_stop(pipe):
+    steps = []
+
+    def stop(pipeline, step, timestep, tensors):
+        steps.append(step)
+        pipeline._interrupt = step == 1
+        return {}
+
+    stopped = pipe("a cat", callback_on_step_end=stop, generator=seed(0), **FAST).images
+    assert steps == [0, 1]
+    assert not torch.equal(stopped, pipe("a cat", generator=seed(0), **FAST).images)
 
 
 def test_a_vae_of_another_model_is_refused(pipe):

@@ -80,6 +80,7 @@ class Echo4oPipeline(LoraMixin, DiffusionPipeline):
     ) -> None:
         """See the class."""
         super().__init__()
+        self._interrupt = False
         self.register_modules(model=model, vae=vae, scheduler=scheduler, processor=processor)
         config = model.config
         of_vae = (vae.config.latent_channels, 2 ** (len(vae.config.block_out_channels) - 1))
@@ -195,7 +196,8 @@ class Echo4oPipeline(LoraMixin, DiffusionPipeline):
             generator: of the noise; one, or one per image.
             latents: initial noise (B, N, D), tokens row by row; shorter images padded at the end.
             output_type: "pil", "np", "pt" or "latent".
-            callback_on_step_end: called with pipeline, step, timestep and tensors; may return changed ones.
+            callback_on_step_end: called with pipeline, step, timestep and tensors; may return changed ones, and stop
+                after this update with `pipeline._interrupt = True`.
             callback_on_step_end_tensor_inputs: names of those tensors: "latents".
             return_dict: False for a tuple (images, texts).
 
@@ -235,20 +237,42 @@ class Echo4oPipeline(LoraMixin, DiffusionPipeline):
         # 5. Integrate the velocity from noise to data.
         owners = [index // num_images_per_prompt for index in range(len(grids))]  # the prompt of each image
         denoiser = Denoiser(self.model, contexts, owners, grids, guidances)
+        finite_until = torch.zeros(len(grids), dtype=torch.long, device=latents.device)  # read once, at the end
+        self._interrupt, steps_done = False, 0
         with self.progress_bar(total=len(timesteps)) as progress_bar:
             for step, timestep in enumerate(timesteps):
+                if self.interrupt:
+                    continue
                 velocity = denoiser(latents, self.scheduler.sigmas[step])
                 latents = self.scheduler.step(velocity, timestep, latents, return_dict=False)[0]
                 if callback_on_step_end is not None:
                     tensors = {name: latents for name in callback_on_step_end_tensor_inputs}
                     latents = callback_on_step_end(self, step, timestep, tensors).get("latents", latents)
+                finite_until += latents.isfinite().all(dim=2).all(dim=1)
+                steps_done += 1
                 progress_bar.update()
+        self.check_finite(finite_until.tolist(), steps_done)
 
         # 6. Decode.
         images = self.decode_latents(latents, grids, output_type)
         texts = None if contexts.plans is None else [contexts.plans[owner] for owner in owners]
         self.maybe_free_model_hooks()
         return Echo4oPipelineOutput(images=images, texts=texts) if return_dict else (images, texts)
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether the call that runs shall make no further updates."""
+        return self._interrupt
+
+    def check_finite(self, finite_until: list[int], steps_done: int) -> None:
+        """Raise a ValueError if an image's latents were finite after fewer updates than were made."""
+        for index, count in enumerate(finite_until):
+            if count < steps_done:
+                raise ValueError(
+                    f"the latents of image {index} are NaN or infinite from update {count + 1} of {steps_done} on: "
+                    f"the weights are, or {self.model.dtype} overflows; check the checkpoint, or load it with "
+                    "dtype=torch.bfloat16 or torch.float32"
+                )
 
     def check_inputs(
         self,
@@ -398,19 +422,22 @@ class Echo4oPipeline(LoraMixin, DiffusionPipeline):
         """Images from latents (B, N, D), one by one to save memory; see `Echo4oPipelineOutput`.
 
         Raises:
-            ValueError: latents or images that are not finite.
+            ValueError: images that are not finite.
         """
         if output_type == "latent":
             return latents
-        config, vae = self.model.config, self.vae.config
+        config, vae, vae_dtype = self.model.config, self.vae.config, self.vae.dtype
         images = []
         for index, (tokens, (rows, columns)) in enumerate(zip(latents, grids, strict=True)):
             tokens = tokens[: rows * columns]
-            _check_finite(tokens, f"the latents of image {index}")
             x = unpatchify(tokens, (rows, columns), config.latent_patch_size, config.latent_channels)  # (z, h, w)
             x = x / vae.scaling_factor + (vae.shift_factor or 0.0)
-            image = self.vae.decode(x[None].to(self.vae.dtype), return_dict=False)[0][0].float()
-            _check_finite(image, f"image {index} out of the VAE")
+            image = self.vae.decode(x[None].to(vae_dtype), return_dict=False)[0][0].float()
+            if not image.isfinite().all():
+                raise ValueError(
+                    f"image {index} out of the VAE holds NaN or infinite values: its weights do, or {vae_dtype} "
+                    "overflows; check the checkpoint, or load it with dtype=torch.bfloat16 or torch.float32"
+                )
             image = (image * 0.5 + 0.5).clamp(0, 1)  # (3, height, width)
             images.append(image)
         if output_type == "pt":
@@ -419,11 +446,3 @@ class Echo4oPipeline(LoraMixin, DiffusionPipeline):
         if output_type == "np":
             return np.stack(arrays) if len(set(grids)) == 1 else arrays
         return [Image.fromarray((array * 255).astype(np.uint8)) for array in arrays]  # cut, as the official code does
-
-
-def _check_finite(values: Tensor, name: str) -> None:
-    if not values.isfinite().all():
-        raise ValueError(
-            f"{name} holds NaN or infinite values: the weights do, or {values.dtype} overflows; check the checkpoint, "
-            "or load it with dtype=torch.bfloat16 or torch.float32"
-        )
