@@ -369,6 +369,15 @@ def test_an_adapter_on_quantized_weights_fits_the_whole_ones(settings, tmp_path,
     inputs = collate([[Segment("text", list(range(10, 20))), target]], packed=True)
     inputs["noise"] = torch.randn(inputs["latents"].shape, generator=generator)
     inputs["timestep"] = torch.full(inputs["latents"].shape[:2], 0.5)
+    grads = {}
+    for drawn in (False, True):  # gradients are the same after a text that stands alone
+        if drawn:
+            with torch.no_grad():
+                prepared.eval()(input_ids=inputs["input_ids"])
+        prepared.zero_grad()
+        grads[drawn] = gradients(prepared, inputs, bf16)
+    assert all(torch.equal(grads[True][name], grad) for name, grad in grads[False].items())
+    prepared.zero_grad()
     losses = train(prepared, inputs, bf16=bf16)
     assert losses[2] < losses[1] < losses[0]
     prepared.save_pretrained(tmp_path)

@@ -10,12 +10,12 @@ import os
 import warnings
 from collections.abc import Sequence
 from copy import deepcopy
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers.loaders.lora_base import LoraBaseMixin
-from diffusers.utils.peft_utils import get_adapter_name
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.utils import is_peft_available
@@ -62,12 +62,12 @@ class LoraMixin(LoraBaseMixin):
                 are fused.
             ImportError: peft is missing.
         """
-        if not is_peft_available():
-            raise ImportError("load_lora_weights needs peft: pip install 'echo4o-hf[train]'")
-        from peft import set_peft_model_state_dict
-
+        try:
+            from peft import set_peft_model_state_dict
+        except ImportError as error:
+            raise ImportError("load_lora_weights needs peft: pip install 'echo4o-hf[train]'") from error
         self._check_not_fused()
-        name = adapter_name or get_adapter_name(self.model)
+        name = adapter_name or next(free for n in count() if (free := f"default_{n}") not in self._adapter_names())
         if name in self._adapter_names():
             raise ValueError(f"an adapter {name!r} is loaded already; choose another adapter_name, or delete it first")
         folder = find_adapter(pretrained_model_name_or_path, weight_name, revision, subfolder, **hub_options)
@@ -76,7 +76,6 @@ class LoraMixin(LoraBaseMixin):
         weights = load_file(folder / weight_name)
         _check_finite(weights, folder / weight_name)
 
-        by_model, by_layer, by_group = self._optionally_disable_offloading(self)
         base_model = config.base_model_name_or_path
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several are what we want
@@ -86,10 +85,6 @@ class LoraMixin(LoraBaseMixin):
             self.model, {key.removeprefix(PREFIX): value for key, value in weights.items()}, adapter_name=name
         )
         self.model.eval()  # new layers begin in training mode
-        if by_model:
-            self.enable_model_cpu_offload()
-        elif by_layer:
-            self.enable_sequential_cpu_offload()
 
     def save_lora_weights(self, save_directory: str | os.PathLike[str], adapter_name: str | None = None) -> None:
         """Writes an adapter as peft does; `load_lora_weights` and `PeftModel.from_pretrained` read it.
@@ -203,8 +198,7 @@ class LoraMixin(LoraBaseMixin):
         self._merged_adapters: set[str] = set()
 
     def _adapter_names(self) -> list[str]:
-        names: list[str] = self.get_list_adapters().get("model", []) if is_peft_available() else []
-        return names
+        return list(getattr(self.model, "peft_config", {}))  # which the model has from the first adapter on
 
     def _lora_layers(self) -> list[Any]:
         from peft.tuners.lora import LoraLayer
