@@ -16,6 +16,7 @@ from echo4o_hf.benchmarks.items import JUDGE_TEXTS, items_sha256, load_items, pi
 from echo4o_hf.benchmarks.results import read_results, write_results
 from echo4o_hf.judges.judge import JudgeFailed, JudgeStopped, Reply
 from echo4o_hf.judges.openai_judge import OpenAIJudge
+from echo4o_hf.judges.scripted import ScriptedJudge
 
 UPSTREAM = Path(__file__).parents[3] / "shared" / "upstream-data"
 ITEMS = [
@@ -253,6 +254,9 @@ def test_a_function_is_asked_without_the_official_text_but_not_a_model(
     results = evaluated(images)
     assert "ECHO4O_BENCHMARK_SOURCE" in caplog.text and "no system text" in caplog.text
     assert "the official judge text was not to be had; the judge saw the item alone" in results["deviations"]
+    caplog.clear()
+    evaluated(images, judge=ScriptedJudge('{"correct": 1}'))  # which does not read it
+    assert "no system text" not in caplog.text
     with pytest.raises(OSError, match="protocol='strict'"):
         evaluated(images, judge=OpenAIJudge("gpt-4.1", api_key="none"))
     with pytest.raises(OSError, match=r"missing\.py"):

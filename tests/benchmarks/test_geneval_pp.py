@@ -104,13 +104,13 @@ def test_strict_questions_bound_every_count_and_ask_for_what_is_there() -> None:
     assert questions(BENCH) == [
         {
             "count": "Does the picture show exactly 1 bench, no more and no fewer?",
-            "region": "Is its centre in the upper half of the picture?",
+            "region": "Is its center in the upper half of the picture?",
             "size": "Is it larger in the picture than the knife?",
         },
         {
             "count": "Does the picture show exactly 2 knives, no more and no fewer?",
             "color": "Is every one's color red?",
-            "region": "Is every one's centre in the lower half of the picture?",
+            "region": "Is every one's center in the lower half of the picture?",
             "size": "Is every one smaller in the picture than the bench?",
         },
     ]
@@ -122,6 +122,21 @@ def test_strict_questions_bound_every_count_and_ask_for_what_is_there() -> None:
     assert asked == [
         f"Does the picture show exactly {what}, no more and no fewer?" for what in ("2 red kites", "1 blue kite")
     ]
+
+
+def test_strict_tells_clauses_on_the_same_class_apart() -> None:
+    left, right = ({"class": "kite", "count": 1, "region": region} for region in ("left", "right"))
+    sized = [{**left, "size": "larger"}, {**right, "size": "smaller"}]
+    first, _ = questions({**CLOCKS, "include": sized, "exclude": []})
+    assert first["count"] == "Does the picture show exactly 1 kite in its left half, no more and no fewer?"
+    assert first["size"] == "Is it larger in the picture than the kite in its right half?"
+    colored = [{**left, "color": "red", "size": "larger"}, {**left, "color": "blue"}]
+    assert questions({**CLOCKS, "include": colored, "exclude": []})[0]["size"] == (
+        "Is it larger in the picture than the blue kite?"
+    )
+    for clauses in ([left, left], [{**left, "color": "red"}, left], [left, {"class": "kite", "count": 2}]):
+        with pytest.raises(ValueError, match="cannot tell the clauses on 'kite' apart"):
+            request({**CLOCKS, "include": clauses, "exclude": []}, "strict")
 
 
 def test_the_strict_request_needs_no_official_text() -> None:

@@ -115,6 +115,10 @@ def test_modes() -> None:
     for mode in ("1", "L", "LA", "P", "RGB", "RGBA"):
         assert Image.open(io.BytesIO(to_bytes(Image.new(mode, (2, 2))))).mode == mode
     assert Image.open(io.BytesIO(to_bytes(Image.new("CMYK", (2, 2))))).mode == "RGB"
+    assert Image.open(io.BytesIO(to_bytes(Image.new("PA", (2, 2))))).mode == "RGBA"
+    for mode in ("I", "F"):
+        with pytest.raises(ValueError, match=f"mode {mode} has no black"):
+            to_bytes(Image.new(mode, (2, 2)))
     for shape in ((2, 3), (2, 3, 1)):
         assert Image.open(io.BytesIO(to_bytes(np.zeros(shape, np.uint8)))).size == (3, 2)
 

@@ -59,3 +59,8 @@ def test_a_broken_script_names_the_line(tmp_path, line):
     path.write_text(f'{{"prompt": "a", "reply": "b"}}\n{line}\n')
     with pytest.raises(ValueError, match="script.jsonl, line 2"):
         ScriptedJudge.from_file(path)
+
+
+def test_only_a_function_may_read_the_system_text():
+    assert [ScriptedJudge(answers).reads_system for answers in ("a", ["a"], {"p": "a"})] == [False] * 3
+    assert ScriptedJudge(lambda *asked: "a").reads_system is None

@@ -147,7 +147,7 @@ def request(
         text: For `official`; the pinned one when None.
 
     Raises:
-        ValueError: the protocol is none.
+        ValueError: the protocol is none, or `strict` cannot tell the item's clauses apart.
         OSError: the official text is neither here nor to be had.
     """
     check_protocol(protocol)
@@ -226,30 +226,54 @@ def questions(item: Mapping[str, Any]) -> list[dict[str, str]]:
     """The questions of `strict`: of each clause, by what they ask for (count, color, region, size).
 
     An `exclude` that only repeats the upper bound of an exact count asks for nothing new and is left out.
+
+    Raises:
+        ValueError: two clauses on the same class differ neither in color nor in region: their counts contradict.
     """
-    classes = [clause["class"] for clause in item["include"]]
+    clauses = item["include"]
+    told = [_told_apart(clause, clauses) for clause in clauses]
     asked = []
-    for index, clause in enumerate(item["include"]):
-        count, color = clause["count"], clause.get("color", "")
-        # The color tells apart what the class does not.
-        objects = named(count, clause["class"], color if classes.count(clause["class"]) > 1 else "")
+    for place, (clause, (color, where)) in enumerate(zip(clauses, told, strict=True)):
+        count = clause["count"]
         their = "its" if count == 1 else "every one's"
+        objects = named(count, clause["class"], color) + where
         row = {"count": f"Does the picture show exactly {objects}, no more and no fewer?"}
-        if color:
-            row["color"] = f"Is {their} color {color}?"
+        if asked_color := clause.get("color"):
+            row["color"] = f"Is {their} color {asked_color}?"
         if region := clause.get("region"):
-            row["region"] = f"Is {their} centre in the {REGIONS[region]} of the picture?"
+            row["region"] = f"Is {their} center in the {REGIONS[region]} of the picture?"
         if size := clause.get("size"):
-            others = [other["class"] for place, other in enumerate(item["include"]) if place != index]
-            than = " and ".join(f"the {other}" for other in others) or "is usual"
+            others = [
+                " ".join(filter(None, ("the", of_color, other["class"]))) + at
+                for number, (other, (of_color, at)) in enumerate(zip(clauses, told, strict=True))
+                if number != place
+            ]
+            than = " and ".join(others) or "is usual"
             row["size"] = f"Is {'it' if count == 1 else 'every one'} {size} in the picture than {than}?"
         asked.append(row)
-    exact = {(clause["class"], clause["count"]) for clause in item["include"] if classes.count(clause["class"]) == 1}
+    exact = {
+        (clause["class"], clause["count"]) for clause, apart in zip(clauses, told, strict=True) if apart == ("", "")
+    }
     for clause in item.get("exclude", []):
         most = clause["count"] - 1
         if (clause["class"], most) not in exact:
             asked.append({"count": f"Does the picture show no more than {named(most, clause['class'])}?"})
     return asked
+
+
+def _told_apart(clause: Mapping[str, Any], clauses: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
+    """Color and region that tell a clause's objects from others of the class; both empty where there are none."""
+    same = [other for other in clauses if other["class"] == clause["class"]]
+    if len(same) == 1:
+        return "", ""
+    for key in ("color", "region"):
+        values = [other.get(key) for other in same]
+        if None not in values and len(set(values)) == len(values):
+            return (clause["color"], "") if key == "color" else ("", f" in its {REGIONS[clause['region']]}")
+    raise ValueError(
+        f"the strict protocol cannot tell the clauses on {clause['class']!r} apart in {clauses!r}: "
+        "give each a color or a region of its own"
+    )
 
 
 def _strict_prompt(item: Mapping[str, Any]) -> str:

@@ -87,8 +87,12 @@ def to_bytes(image: object) -> bytes:
             "a picture must be a path, bytes, a PIL image, an array or a dict of datasets.Image; "
             f"got {type(image).__name__}"
         )
+    if image.mode in ("I", "F"):
+        raise ValueError(f"a picture of mode {image.mode} has no black and no white; convert it to RGB")
+    if image.mode not in PNG_MODES:
+        image = image.convert("RGBA" if image.has_transparency_data else "RGB")
     buffer = io.BytesIO()
-    (image if image.mode in PNG_MODES else image.convert("RGB")).save(buffer, format="PNG")
+    image.save(buffer, format="PNG")
     return buffer.getvalue()
 
 

@@ -56,7 +56,9 @@ Args:
 Returns:
     A dict of the score under the metric's name, its parts, `num_items`, `num_unscored` and `confidence_interval`; with
     several judges also `per_judge` and `agreement`, with several repeats `self_agreement`. Each verdict with its
-    reason is in the metric's attribute `results`, for `echo4o_hf.benchmarks.evaluation.write_results`.
+    reason is in the metric's attribute `results`, for `echo4o_hf.benchmarks.evaluation.write_results`. The score is
+    named after the metric for other items and judges too: `results["deviations"]` says what sets it apart from
+    published ones, and is empty where nothing does.
 """
 
 

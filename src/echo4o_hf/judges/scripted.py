@@ -62,6 +62,11 @@ class ScriptedJudge:
         return cls(answers, name=f"scripted:{Path(path).name}")
 
     @property
+    def reads_system(self) -> bool | None:
+        """False, but for a function among the answers, which may."""
+        return None if callable(self.answers) else False
+
+    @property
     def parameters(self) -> dict[str, Any]:
         """A hash of the answers, so that another script is another judge."""
         if callable(self.answers):
