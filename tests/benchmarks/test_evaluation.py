@@ -272,7 +272,7 @@ def test_a_copy_of_the_official_file(images: list[list[Path]], tmp_path: Path) -
         return yes(system, prompt, images)
 
     results = evaluated(images, judge=judge, judge_text=tmp_path / "official.py")
-    assert seen == ["Look closely."] * 4
+    assert seen == ["Look closely."] * 4 and results["texts_sha256"] != evaluated(images)["texts_sha256"]
     assert "the judge's text is not the one of the official script" in results["deviations"]
 
 

@@ -18,6 +18,7 @@ RESULTS: dict[str, Any] = {
     "seed": 0,
     "software": {},
     "items_sha256": "0" * 64,
+    "texts_sha256": None,
     "repeats": 1,
     "deviations": [],
     "judges": [

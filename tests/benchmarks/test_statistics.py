@@ -121,8 +121,8 @@ def results(scores: dict[str, list[list[float | None]]], **changes: Any) -> dict
         for place, images in enumerate(rows)
     ]
     judges = [{"name": "judge", "parameters": {}, "calls": len(items)}]
-    made = {"benchmark": "geneval_pp", "protocol": "official", "items_sha256": "0", "judges": judges, "items": items}
-    return {**made, **changes}
+    made = {"benchmark": "geneval_pp", "protocol": "official", "items_sha256": "0", "texts_sha256": "1"}
+    return {**made, "judges": judges, "items": items, **changes}
 
 
 def test_mcnemar_is_the_sign_test_of_the_discordant_items() -> None:
@@ -181,6 +181,18 @@ def test_the_smallest_detectable_difference_is_found_in_80_of_100() -> None:
     ).T
     found = [binomtest(b, a + b).pvalue < 0.05 for a, b in zip(only_a.tolist(), only_b.tolist(), strict=True)]
     assert 0.7 < np.mean(found) < 0.88  # the exact test is a little conservative
+
+
+def test_judges_are_the_same_if_they_were_told_the_same() -> None:
+    one = results({"counting": [[1.0]]})
+    assert compare(one, one)["same_judges"]
+    assert not compare(one, {**one, "texts_sha256": "2"})["same_judges"]
+
+
+def test_a_benchmark_that_is_not_known() -> None:
+    other = results({"counting": [[1.0]]}, benchmark="shapes_140")
+    with pytest.raises(ValueError, match="known of geneval_pp, imagine_bench; got 'shapes_140'"):
+        compare(other, other)
 
 
 @pytest.mark.parametrize("key", ["benchmark", "protocol", "items_sha256"])

@@ -64,6 +64,7 @@ def results_of(images: list[dict[str, Any]], score: float, **changes: Any) -> di
         "seed": 0,
         "software": {"echo4o-hf": "0.1.0"},
         "items_sha256": QUESTION[2],
+        "texts_sha256": None,
         "repeats": 1,
         "deviations": [],
         "judges": [

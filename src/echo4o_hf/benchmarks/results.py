@@ -21,6 +21,7 @@ _SCHEMA: dict[str, Any] = {
     "seed": int,
     "software": dict,
     "items_sha256": str,
+    "texts_sha256": (str, NoneType),
     "repeats": int,
     "deviations": [str],
     "judges": [

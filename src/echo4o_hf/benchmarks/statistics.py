@@ -234,11 +234,12 @@ def compare(results_a: Mapping[str, Any], results_b: Mapping[str, Any], seed: in
         `difference` of the overall scores on the items that both have a score for (None when a group has none), its
         `confidence_interval` and `p_value`, `test` ("McNemar exact" when all items are right or wrong, else "paired
         bootstrap"), `smallest_detectable_difference` (found in 80 of 100 such comparisons at the 5 % level; None
-        when it cannot be told), `per_group` differences, `num_items`, `num_left_out`, `same_judges`, and with McNemar
+        when it cannot be told), `per_group` differences, `num_items`, `num_left_out`, `same_judges` (who were told the
+        same), and with McNemar
         `discordant`: how many only a, only b got right.
 
     Raises:
-        ValueError: benchmark, protocol or items differ.
+        ValueError: benchmark, protocol or items differ, or the benchmark is none of ours.
     """
     for key in ("benchmark", "protocol", "items_sha256"):
         if results_a[key] != results_b[key]:
@@ -247,7 +248,10 @@ def compare(results_a: Mapping[str, Any], results_b: Mapping[str, Any], seed: in
             )
     from echo4o_hf.benchmarks import geneval_pp, imagine_bench
 
-    weights = {one.NAME: one.GROUP_WEIGHTS for one in (geneval_pp, imagine_bench)}[results_a["benchmark"]]
+    known = {one.NAME: one.GROUP_WEIGHTS for one in (geneval_pp, imagine_bench)}
+    if results_a["benchmark"] not in known:
+        raise ValueError(f"the groups' weights are known of {', '.join(known)}; got {results_a['benchmark']!r}")
+    weights = known[results_a["benchmark"]]
     scores_a, scores_b = _item_scores(results_a), _item_scores(results_b)
     both: dict[str, list[tuple[float, float]]] = {group: [] for group, _ in scores_a.values()}
     for name, (group, score) in scores_a.items():
@@ -268,8 +272,9 @@ def compare(results_a: Mapping[str, Any], results_b: Mapping[str, Any], seed: in
     }
 
 
-def _judges(results: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    return [(judge["name"], judge["parameters"]) for judge in results["judges"]]
+def _judges(results: Mapping[str, Any]) -> list[Any]:
+    """Who judged, and what they were told."""
+    return [results["texts_sha256"], *((judge["name"], judge["parameters"]) for judge in results["judges"])]
 
 
 def _item_scores(results: Mapping[str, Any]) -> dict[str, tuple[str, float | None]]:

@@ -1,7 +1,8 @@
 """What judges said, as results: one JSON object that describes itself.
 
     {"schema_version": 1, "benchmark": "geneval_pp", "protocol": "official", "created": "2026-…", "seed": 0,
-     "software": {"echo4o-hf": "0.1.0", …}, "items_sha256": "…", "repeats": 1, "deviations": ["judged by …"],
+     "software": {"echo4o-hf": "0.1.0", …}, "items_sha256": "…", "texts_sha256": "…", "repeats": 1,
+     "deviations": ["judged by …"],
      "judges": [{"name", "parameters", "calls", "from_store", "failures", "input_tokens", "output_tokens",
                  "prices": [2.0, 8.0] | null, "cost", "total_cost"}],
      "scores": {…}, "per_judge": {name: {…}}, "agreement": {…} | null, "self_agreement": {name: {…}} | null,
@@ -9,14 +10,17 @@
                 "images": [{"path", "sha256", "verdict": {"score", "reason", "parts", "unscored"},
                             "judgements": [{"judge", "repeat", "reply", "score", "reason", "parts", "unscored"}]}]}]}
 
-`calls`, tokens and `cost` are this run's; `total_cost` is that of all replies in these results, those that came from
-the store included. They are null where the judge does not say, or no prices are given, which are of a million input
-and a million output tokens. `deviations` says what sets the scores apart from published ones, and is empty where
-nothing does. An item without a picture has one image, unscored.
+`texts_sha256` is of the system texts and prompts that the judges got. `calls`, tokens and `cost` are this run's;
+`total_cost` is that of all replies in these results, those that came from the store included. They are null where the
+judge does not say, or no prices are given, which are of a million input and a million output tokens. `deviations` says
+what sets the scores apart from published ones, and is empty where nothing does. An item without a picture has one
+image, unscored.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -166,6 +170,7 @@ def results_of(question: Question, answers: Sequence[Answers], seed: int) -> dic
         "seed": seed,
         "software": {name: version(name) for name in SOFTWARE},
         "items_sha256": items_sha256(question.items),
+        "texts_sha256": hashlib.sha256(json.dumps(question.texts).encode("ascii")).hexdigest(),
         "repeats": question.repeats,
         "deviations": _deviations(question, answers),
         "judges": [one.usage() for one in answers],

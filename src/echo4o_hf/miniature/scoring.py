@@ -101,6 +101,7 @@ def _results(rows: list[dict[str, Any]], verdicts: list[Verdict], seed: int) -> 
         "seed": seed,
         "software": {"echo4o-hf": version("echo4o-hf")},
         "items_sha256": items_sha256(items),
+        "texts_sha256": None,  # its judge is code
         "repeats": 1,
         "deviations": [],
         "judges": [{"name": "shapes", "parameters": {}, **usage, **cost}],
