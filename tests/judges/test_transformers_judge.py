@@ -163,8 +163,17 @@ def test_transformers_serve_is_an_endpoint_for_the_openai_judge(tiny_vlm, judge,
 def test_bad_models_are_refused(tiny_vlm, tmp_path):
     with pytest.raises(OSError, match="nowhere"):
         TransformersJudge(str(tmp_path / "nowhere"))
-    with pytest.raises(ValueError, match="batch_size"):
-        TransformersJudge(str(tiny_vlm), batch_size=0)
+    for name, value in (
+        ("batch_size", 0),
+        ("batch_size", "4"),
+        ("max_new_tokens", 2.5),
+        ("dtype", "float7"),
+        ("dtype", "nn"),
+        ("device", "gpu"),
+        ("device", "cuda:99"),
+    ):
+        with pytest.raises(ValueError, match=f"{name} must be .*; got {value!r}"):
+            TransformersJudge(str(tiny_vlm), **{name: value})
     copy = shutil.copytree(tiny_vlm, tmp_path / "copy")
     (copy / "chat_template.jinja").unlink()
     with pytest.raises(ValueError, match="no chat template"):

@@ -16,7 +16,7 @@ from echo4o_hf.judges.judge import Reply
 
 
 class TransformersJudge:
-    """Greedy decoding of a model's chat template, in batches; replies do not depend on the batch.
+    """Greedy decoding of a model's chat template, in batches, which change nothing but the rounding of floats.
 
     Args:
         model: Name on the Hub, or a folder.
@@ -28,7 +28,8 @@ class TransformersJudge:
 
     Raises:
         OSError: there is no such model.
-        ValueError: transformers has no image-text-to-text class for it, or its processor no chat template.
+        ValueError: an argument is not as above, transformers has no image-text-to-text class for the model, or its
+            processor no chat template.
     """
 
     reads_system = True
@@ -43,8 +44,12 @@ class TransformersJudge:
         batch_size: int = 8,
         max_new_tokens: int = 512,
     ) -> None:
-        if batch_size < 1 or max_new_tokens < 1:
-            raise ValueError(f"batch_size and max_new_tokens must be at least 1, got {batch_size}, {max_new_tokens}")
+        for name, number in (("batch_size", batch_size), ("max_new_tokens", max_new_tokens)):
+            if type(number) is not int or number < 1:
+                raise ValueError(f"{name} must be a whole number from 1; got {number!r}")
+        if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+            raise ValueError(f"dtype must be auto, or one of torch such as bfloat16; got {dtype!r}")
+        chosen = _checked(device or _best_device())
         self.name = f"transformers:{model}"
         self.batch_size, self.max_new_tokens = batch_size, max_new_tokens
         self.processor = AutoProcessor.from_pretrained(model, revision=revision)
@@ -52,7 +57,7 @@ class TransformersJudge:
             raise ValueError(f"the processor of {model!r} has no chat template")
         self.processor.tokenizer.padding_side = "left"
         self.model = AutoModelForImageTextToText.from_pretrained(model, revision=revision, dtype=dtype).eval()
-        self.model.to(device or _best_device())
+        self.model.to(chosen)
         self._version = _version(model, self.model.config)
 
     def __repr__(self) -> str:
@@ -114,6 +119,16 @@ def _best_device() -> str:
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def _checked(device: str | torch.device) -> torch.device:
+    """The device, before a model is loaded in vain."""
+    try:
+        return torch.empty(0, device=device).device
+    except (AssertionError, RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"device must be one that is here, such as cpu or cuda:1; got {device!r} ({error})"
+        ) from error
 
 
 def _version(model: str, config: Any) -> str | None:
