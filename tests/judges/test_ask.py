@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import re
 import threading
 import time
 
@@ -28,7 +29,7 @@ def store(tmp_path):
         yield store
 
 
-def test_outcomes_are_in_the_order_of_the_requests(png):
+def test_outcomes_are_in_the_order_of_the_requests(png, caplog):
     rng = np.random.default_rng(0)
     seconds = {f"p{index}": second for index, second in enumerate(rng.uniform(0, 0.02, 80))}
 
@@ -38,6 +39,7 @@ def test_outcomes_are_in_the_order_of_the_requests(png):
 
     outcomes = ask(judge, requests(80, png), concurrency=8, progress=False)
     assert [outcome.reply for outcome in outcomes] == [f"p{index}" for index in range(80)]
+    assert caplog.text == ""
     assert all(outcome.failure is None and not outcome.from_store for outcome in outcomes)
     latencies = [outcome.latency - seconds[outcome.reply] for outcome in outcomes]
     assert 0 <= min(latencies) and np.median(latencies) < 0.05
@@ -193,7 +195,7 @@ def test_failures_are_told_and_tried_again_next_time(store, png):
 
 
 @pytest.mark.parametrize("error", [JudgeStopped("no credit"), KeyboardInterrupt(), ZeroDivisionError()])
-def test_a_run_that_ends_early_keeps_what_arrived(store, png, error):
+def test_a_run_that_ends_early_keeps_what_arrived(store, png, error, caplog):
     answered, lock, later = [], threading.Lock(), threading.Event()
 
     def judge(system, prompt, images):
@@ -209,6 +211,7 @@ def test_a_run_that_ends_early_keeps_what_arrived(store, png, error):
 
     with pytest.raises(type(error)):
         ask(judge, requests(100, png), store=store, concurrency=4, progress=False)
+    assert re.search("waiting for [1-4] calls under way", caplog.text)
     # three under way, and one that took the place of the failed one; three more were waiting
     assert 15 <= len(answered) <= 25
     assert len(store) == len(answered)

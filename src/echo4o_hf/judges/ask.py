@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Generator, Iterable, Iterator, Sequence
@@ -18,6 +19,8 @@ from tqdm.auto import tqdm
 from echo4o_hf.judges.judge import BatchJudge, Judge, JudgeFailed, Reply, judge_name, judge_parameters
 from echo4o_hf.judges.pictures import decode
 from echo4o_hf.judges.store import StoredReply, VerdictStore, request_key
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -183,7 +186,10 @@ class _Run:
                 done, pending = wait(pending, return_when=FIRST_COMPLETED)
                 yield from (future.result() for future in done)
         finally:
-            executor.shutdown(wait=True, cancel_futures=True)
+            executor.shutdown(wait=False, cancel_futures=True)
+            if self._under_way:  # a call that waits for its next attempt may take minutes
+                logger.warning("stopping; waiting for %d calls under way, to keep their replies", self._under_way)
+            executor.shutdown(wait=True)
             # The executor does not wait for a thread whose start Ctrl-C has interrupted.
             with self._changed:
                 self._ended = True
