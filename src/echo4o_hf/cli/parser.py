@@ -15,8 +15,9 @@ from .evaluate import EVALUATE, INSTALL_METRICS
 from .generate import GENERATE
 from .hub import HUB
 from .report import REPORT
+from .train import TRAIN
 
-COMMANDS = (DEMO, GENERATE, CONVERT, DATA, EVALUATE, REPORT, INSTALL_METRICS, HUB)
+COMMANDS = (DEMO, GENERATE, CONVERT, DATA, TRAIN, EVALUATE, REPORT, INSTALL_METRICS, HUB)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -49,10 +50,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     try:
         args.run(args)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         print(f"echo4o: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("echo4o: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(f"echo4o: {stop or 'interrupted'}", file=sys.stderr)
         return 130
     return 0

@@ -181,6 +181,8 @@ class Echo4oTrainingArguments(TrainingArguments):
         if self.n_gpu > 1:
             logger.warning("one of %d GPUs is used; accelerate launch uses them all", self.n_gpu)
             self._n_gpu = 1  # upstream would split a pack over them
+        if self.device.type == "cpu":
+            self.dataloader_pin_memory = False  # upstream warns that it does nothing
 
 
 def _check_choices(arguments: Echo4oTrainingArguments) -> None:
