@@ -4,7 +4,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import echo4o_hf.miniature
@@ -104,7 +104,16 @@ def shrunk(grids, factor):
     return [tuple(max(1, int(side * factor + Fraction(1, 2))) for side in grid) for grid in grids]
 
 
+def have_one_factor(grids, fitted):
+    """Whether one factor rounds all sides of `grids` to those of `fitted`."""
+    sides = [pair for one, other in zip(grids, fitted, strict=True) for pair in zip(one, other, strict=True)]
+    lowest = [Fraction(2 * after - 1, 2 * before) for before, after in sides if after > 1]
+    highest = [Fraction(2 * after + 1, 2 * before) for before, after in sides]
+    return max(lowest, default=0) < min(highest, default=1)
+
+
 @settings(max_examples=60, deadline=None)
+@example([(31, 32)], [], 0.96875)  # (31, 31), by factors between 0.98387 and 0.98438 only
 @given(several_grids, st.lists(st.tuples(sides, sides), max_size=1), st.floats(0, 1))
 def test_what_is_shrunk_fits_and_is_the_largest(references, targets, share):
     total = count_tokens([*references, *targets])
@@ -114,17 +123,17 @@ def test_what_is_shrunk_fits_and_is_the_largest(references, targets, share):
         assert fitted is None
         return
     assert count_tokens(fitted) <= budget
+    factors = [Fraction(step, 400) for step in range(1, 401)]
     quarter = shrunk(references, Fraction(1, 4))
-    factors = [Fraction(step, 1600) for step in range(1, 1601)]  # any factor: also those between steps of the code
     if count_tokens([*quarter, *targets]) <= budget:
         assert fitted[len(references) :] == targets
-        rivals = [shrunk(references, factor) for factor in factors if factor >= Fraction(1, 4)]
-        room = budget - count_tokens(targets)
-        best = max((count_tokens(rival) for rival in rivals if count_tokens(rival) <= room), default=0)
-        assert count_tokens(fitted) == best + count_tokens(targets)
+        assert have_one_factor(references, fitted[: len(references)])
+        rivals = [[*shrunk(references, factor), *targets] for factor in factors if factor >= Fraction(1, 4)]
     else:
-        rivals = [count_tokens(shrunk([*quarter, *targets], factor)) for factor in factors]
-        assert count_tokens(fitted) == max(count for count in [*rivals, budget + 1] if count <= budget)
+        assert have_one_factor([*quarter, *targets], fitted)
+        rivals = [shrunk([*quarter, *targets], factor) for factor in factors]
+    counts = [count_tokens(rival) for rival in rivals]
+    assert count_tokens(fitted) >= max((count for count in counts if count <= budget), default=0)
 
 
 def test_the_rule_in_numbers():
