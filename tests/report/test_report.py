@@ -189,6 +189,10 @@ def test_hostile_strings_stay_text(run: Run, other: Run, pictures: list[Path], t
         results["items"][0]["images"][0]["path"] = HOSTILE
         results["items"][1]["images"][0]["verdict"] = verdict(None, HOSTILE, HOSTILE)
     runs = [dataclasses.replace(one, name=f"{HOSTILE}{place}") for place, one in enumerate((run, other))]
+    more = ("accuracy", "per_tag", "per_tag_confidence_interval")
+    kept = {name: value for name, value in run.results["scores"].items() if name not in more}
+    scores = {**kept, "imagine_bench": 5.0, "per_type": {HOSTILE: 5.0}, "per_dimension": {HOSTILE: 5.0}}
+    runs.append(Run(HOSTILE, {**run.results, "benchmark": "imagine_bench", "scores": scores}, tmp_path))
     page = write(runs, tmp_path, losses=[{"name": HOSTILE, "steps": [0, 1], "values": [1, 0]}], seconds={HOSTILE: 1})
     assert len(page.all("script")) == len(page.all("style")) == len(page.all("title")) == 1
     assert all(str(image["src"]).startswith("data:image/") and "onerror" not in image for image in page.all("img"))
@@ -219,6 +223,14 @@ def test_thumbnails(run: Run, tmp_path: Path) -> None:
     assert [(one.size, one.format) for one in shown] == [((64, 64), "PNG"), ((512, 256), "JPEG")]
     assert shown[0].getpixel((0, 0)) == (255, 0, 0)
     assert [image.get("class") for image in page.all("img")] == ["tiny", None]
+
+
+def test_pictures_of_sixteen_bits_are_shown_as_they_were_judged(run: Run, tmp_path: Path) -> None:
+    Image.fromarray(np.full((8, 8), 32768, dtype=np.uint16)).save(tmp_path / "grey.png")
+    results: Any = run.results
+    results["items"][0]["images"][0] = entry(tmp_path / "grey.png", verdict(1.0))
+    url = str(write([run], tmp_path).all("img")[0]["src"])
+    assert Image.open(io.BytesIO(base64.b64decode(url.split("base64,")[1]))).getpixel((0, 0)) == (128, 128, 128)
 
 
 def test_pictures_that_cannot_be_shown_are_told(run: Run, pictures: list[Path], tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 LOSSLESS = 128  # pixels: pictures up to this size are embedded as they are
@@ -73,6 +74,9 @@ def _encode(encoded: bytes, side: int) -> Thumbnail:
 
 
 def _on_white(image: Image.Image) -> Image.Image:
+    """As judges see it: in RGB, of 16 bits the upper 8."""
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
     if not image.has_transparency_data:
         return image.convert("RGB")
     layer = image.convert("RGBA")
