@@ -61,10 +61,10 @@ def tiny_size() -> Size:
 
 def load(size: Size, device: torch.device) -> tuple[Echo4oPipeline, Record]:
     """The pipeline, and what it and its surroundings are."""
-    start = _now(device)
+    start = now(device)
     pipe = make_pipeline(size.config, size.vae_channels, size.vae_layers, device, size.dtype)
     record = {
-        "seconds": _now(device) - start,
+        "seconds": now(device) - start,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -81,13 +81,13 @@ def draw(pipe: Echo4oPipeline, size: Size) -> Iterator[Record]:
     grid = (size.side, size.side)
     for repetition in range(3):
         updates = min(size.updates, 6) if repetition == 0 else size.updates  # 6 have guided ones and others
-        start = _now(device)
+        start = now(device)
         latents = pipe(
             prompt(size.prompt), height=pixels, width=pixels, num_inference_steps=updates, output_type="latent"
         ).images
-        denoised = _now(device)
+        denoised = now(device)
         pipe.decode_latents(latents, [grid], "pil")
-        decoded = _now(device)
+        decoded = now(device)
         evaluations = updates + int((pipe.scheduler.sigmas[:-1] > 0.4).sum())
         tokens = size.side**2
         one = flops(forward_products(size.config, 2, tokens, [(tokens + 2, tokens + 2 + size.prompt)]))
@@ -124,10 +124,10 @@ def train(pipe: Echo4oPipeline, size: Size, attention: str) -> Iterator[Record]:
     try:
         for repetition in range(4):
             model.zero_grad()
-            start = _now(model.device)
+            start = now(model.device)
             loss = model(**batch, logits_to_keep=1).loss
             loss.backward()
-            seconds = _now(model.device) - start
+            seconds = now(model.device) - start
             yield {
                 "warm_up": repetition == 0,
                 "attention": attention,
@@ -150,7 +150,8 @@ def train_flex(pipe: Echo4oPipeline, size: Size) -> Iterator[Record]:
         yield from train(pipe, size, "flex_attention")
 
 
-SECTIONS: dict[str, Callable[[Echo4oPipeline, Size], Iterator[Record]]] = {
+Section = Callable[[Echo4oPipeline, Size], Iterator[Record]]
+SECTIONS: dict[str, Section] = {
     "image": draw,
     "train": lambda pipe, size: train(pipe, size, "sdpa"),
     "train-flex": train_flex,
@@ -174,14 +175,16 @@ def time_limit(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def run_section(name: str, pipe: Echo4oPipeline, size: Size, seconds: float, report: Callable[[Record], None]) -> bool:
+def run_section(
+    name: str, section: Section, pipe: Echo4oPipeline, size: Size, seconds: float, report: Callable[[Record], None]
+) -> bool:
     """Report a section's records as they come; False, and the error reported, if it did not end well."""
     device = pipe.model.device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     try:
         # Closed at once, so that a section that failed has tidied up before the next begins.
-        with time_limit(seconds), contextlib.closing(SECTIONS[name](pipe, size)) as records:
+        with time_limit(seconds), contextlib.closing(section(pipe, size)) as records:
             for record in records:
                 report({"section": name, **record, **_memory(device)})
     except Exception as error:  # one visit: what can still be measured is
@@ -193,7 +196,8 @@ def run_section(name: str, pipe: Echo4oPipeline, size: Size, seconds: float, rep
     return True
 
 
-def _now(device: torch.device) -> float:
+def now(device: torch.device) -> float:
+    """Seconds, when the device has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
@@ -209,12 +213,12 @@ def _memory(device: torch.device) -> Record:
     }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, sections: dict[str, Section] = SECTIONS) -> int:
     """Parse the command line, load, run the sections; 1 if one of them did not end well."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, help="file that the JSON lines are appended to")
     parser.add_argument("--minutes", type=float, default=5.0, help="the most that one section may take")
-    parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
+    parser.add_argument("--sections", nargs="+", choices=sections, default=list(sections))
     parser.add_argument("--tiny", action="store_true", help="sizes that only show that the script runs, on the CPU")
     parser.add_argument("--device", help="cuda by default, cpu with --tiny")
     arguments = parser.parse_args(argv)
@@ -232,7 +236,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     with time_limit(60 * arguments.minutes):
         pipe, loaded = load(size, device)
     report({"section": "load", **loaded, **_memory(device)})
-    done = [run_section(name, pipe, size, 60 * arguments.minutes, report) for name in arguments.sections]
+    seconds = 60 * arguments.minutes
+    done = [run_section(name, sections[name], pipe, size, seconds, report) for name in arguments.sections]
     return 0 if all(done) else 1
 
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from echo4o_hf.model.configuration_bagel import BagelConfig
 from echo4o_hf.model.image_processing_bagel import BagelImageProcessor
 from echo4o_hf.model.modeling_bagel import BagelForConditionalGeneration
-from echo4o_hf.model.packing import IGNORE, Segment, collate
+from echo4o_hf.model.packing import IGNORE, TARGET, TEXT, Segment, collate
 from echo4o_hf.model.processing_bagel import SPECIAL_TOKENS, BagelProcessor
 from echo4o_hf.pipeline.pipeline_echo4o import Echo4oPipeline
 
@@ -23,7 +23,13 @@ Products = Counter[tuple[int, int, int]]  # how often a product (rows, inner) x 
 
 
 def small_config(
-    hidden: int, layers: int, heads: int, kv_heads: int, intermediate: int, max_latent_size: int
+    hidden: int,
+    layers: int,
+    heads: int,
+    kv_heads: int,
+    intermediate: int,
+    max_latent_size: int,
+    max_vision_size: int = 4,
 ) -> BagelConfig:
     """A Bagel that is small in everything else too."""
     names = ("bos_token_id", "eos_token_id", "start_of_image_token_id", "end_of_image_token_id")
@@ -42,10 +48,10 @@ def small_config(
             "num_attention_heads": 2,
             "intermediate_size": 16,
             "patch_size": 14,
-            "image_size": 56,
+            "image_size": 14 * max_vision_size,
         },
         max_latent_size=max_latent_size,
-        vit_max_num_patch_per_side=4,
+        vit_max_num_patch_per_side=max_vision_size,
         **{name: index for index, name in enumerate(names)},
     )
 
@@ -76,14 +82,19 @@ def make_pipeline(
             use_quant_conv=False,
             use_post_quant_conv=False,
         ).type(dtype)
+    processor = make_processor(config)
+    pipe = Echo4oPipeline(model.eval(), vae.eval(), FlowMatchEulerDiscreteScheduler(shift=3.0), processor)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def make_processor(config: BagelConfig) -> BagelProcessor:
+    """A processor that knows one word."""
     words = Tokenizer(models.WordLevel({WORD: 4, "[unk]": 5}, unk_token="[unk]"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[unk]")
     tokenizer.add_tokens(list(SPECIAL_TOKENS), special_tokens=True)
-    processor = BagelProcessor(BagelImageProcessor.from_bagel_config(config), tokenizer)
-    pipe = Echo4oPipeline(model.eval(), vae.eval(), FlowMatchEulerDiscreteScheduler(shift=3.0), processor)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return BagelProcessor(BagelImageProcessor.from_bagel_config(config), tokenizer)
 
 
 def prompt(num_tokens: int) -> str:
@@ -148,13 +159,65 @@ def forward_products(
     return count
 
 
-def backward_products(forward: Products) -> Products:
-    """The products of the gradients by both factors."""
+def backward_products(forward: Products, left: bool = True, right: bool = True) -> Products:
+    """The products of the gradients by the left factors (inputs) and by the right ones (weights)."""
     count: Products = Counter()
     for (rows, inner, columns), times in forward.items():
-        count[rows, columns, inner] += times
-        count[inner, rows, columns] += times
+        if left:
+            count[rows, columns, inner] += times
+        if right:
+            count[inner, rows, columns] += times
     return count
+
+
+def pack_products(
+    config: BagelConfig, batch: dict[str, torch.Tensor], method: str = "full", lora_rank: int = 64
+) -> Products:
+    """The products that a forward and backward pass of one packed row needs, without vision.
+
+    Each token attends to the segments of its sample before its own, targets left out, and to its own segment: all of
+    it, or in texts what is not after it. Recomputation is not counted. Where not all is trained, gradients of inputs
+    are counted for all tokens, although a few that nothing trained comes before could do without.
+
+    Args:
+        config: sizes.
+        batch: of `collate`.
+        method: "full"; "generation", whose weights alone get gradients; "lora", adapters of its layers.
+        lora_rank: of the adapters.
+    """
+    understanding = batch["input_ids"].shape[1]
+    generation = batch["segment_ids"].shape[1] - understanding
+    logits = int((batch["shift_labels"] != IGNORE).sum()) if "shift_labels" in batch else 0
+    of_generation = forward_products(config, 0, generation, [])
+    others = forward_products(config, understanding, 0, [], logits)
+    attention = forward_products(config, 0, 0, _seen(batch))
+    trains = method != "lora"
+    count = of_generation + others + attention
+    count += backward_products(of_generation, right=trains) + backward_products(others, right=method == "full")
+    count += backward_products(attention)
+    if method == "lora":
+        text: Any = config.text_config
+        hidden, inner, layers = text.hidden_size, text.intermediate_size, text.num_hidden_layers
+        values = text.num_key_value_heads * hidden // text.num_attention_heads
+        adapters: Products = Counter()
+        linear = {(hidden, hidden): 2, (hidden, values): 2, (hidden, inner): 2, (inner, hidden): 1}
+        for (width_in, width_out), times in linear.items():
+            adapters[generation, width_in, lora_rank] += times * layers
+            adapters[generation, lora_rank, width_out] += times * layers
+        count += adapters + backward_products(adapters)
+    return Counter({shape: times for shape, times in count.items() if 0 not in shape})
+
+
+def _seen(batch: dict[str, torch.Tensor]) -> list[tuple[int, int]]:
+    """(queries, keys) of each segment of a packed row."""
+    before: Counter[int] = Counter()  # tokens of each sample that later segments see
+    seen = []
+    structure = torch.stack([batch[name][0] for name in ("segment_ids", "roles", "sample_ids")], dim=1)
+    segments, lengths = structure[structure[:, 0] >= 0].unique(dim=0, return_counts=True)  # in the order of their ids
+    for (_, role, sample), length in zip(segments.tolist(), lengths.tolist(), strict=True):
+        seen.append((length, before[sample] + ((length + 1) // 2 if role == TEXT else length)))
+        before[sample] += length if role != TARGET else 0
+    return seen
 
 
 def flops(products: Products) -> int:

@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from echo4o_hf.model.configuration_bagel import BagelConfig
 from echo4o_hf.model.context import Context
+from echo4o_hf.model.packing import IGNORE, Segment, collate
 
 BENCHMARK = Path(__file__).parents[1] / "benchmark"
 
@@ -117,7 +118,7 @@ def test_gpu_measures_every_section(script, tmp_path, capsys, device):
         assert all(record[figure] > 0 for record in records if record["section"] == section)
 
 
-def test_gpu_goes_on_after_a_section_that_fails_or_takes_too_long(script, tmp_path, monkeypatch):
+def test_gpu_goes_on_after_a_section_that_fails_or_takes_too_long(script):
     gpu = script("gpu")
 
     def fail(pipe, size):
@@ -128,12 +129,12 @@ def test_gpu_goes_on_after_a_section_that_fails_or_takes_too_long(script, tmp_pa
         while True:
             yield {"seconds": 2.0}
 
-    monkeypatch.setattr(gpu, "SECTIONS", {"fails": fail, "hangs": hang, "train": gpu.SECTIONS["train"]})
+    sections = {"fails": fail, "hangs": hang, "train": gpu.SECTIONS["train"]}
     reports = []
     pipe, _ = gpu.load(gpu.tiny_size(), torch.device("cpu"))
     done = [
-        gpu.run_section(name, pipe, gpu.tiny_size(), seconds, reports.append)
-        for name, seconds in {"fails": 60, "hangs": 0.2, "train": 600}.items()
+        gpu.run_section(name, section, pipe, gpu.tiny_size(), seconds, reports.append)
+        for (name, section), seconds in zip(sections.items(), (60, 0.2, 600), strict=True)
     ]
     assert done == [False, False, True]
     assert {"section": "fails", "error": "RuntimeError: out of memory"} in reports
@@ -141,3 +142,83 @@ def test_gpu_goes_on_after_a_section_that_fails_or_takes_too_long(script, tmp_pa
     trained = {name for name, parameter in pipe.model.named_parameters() if parameter.requires_grad}
     assert "language_model.model.layers.0.mlp_moe_gen.up_proj.weight" in trained
     assert "language_model.model.layers.0.mlp.up_proj.weight" not in trained
+
+
+def test_products_of_a_pack_are_those_of_its_samples(script):
+    inference, random_model = script("inference"), script("random_model")
+    size = inference.FULL
+    config = random_model.small_config(*size.model, max_latent_size=size.side)
+    batch = random_model.training_pack(config, size.images, size.prompt, size.side, size.answer)
+    assert random_model.pack_products(config, batch) == inference.training_products(config, size)
+
+    markers = [config.start_of_image_token_id, config.end_of_image_token_id]
+    reference = Segment("latents", markers, latents=torch.zeros(6, config.latent_dim), grid=(2, 3))
+    target = Segment("target", markers, latents=torch.zeros(4, config.latent_dim), grid=(2, 2))
+    batch = collate([[reference, Segment("text", [5] * 5), target, target]], packed=True)
+    forward = random_model.forward_products(config, 11, 14, [(8, 8), (5, 8 + 3), (6, 6 + 13), (6, 6 + 13)])
+    expected = forward + random_model.backward_products(forward)
+    assert random_model.flops(random_model.pack_products(config, batch)) == random_model.flops(expected)
+
+
+@pytest.mark.parametrize("method", ["full", "generation", "lora"])
+def test_products_of_each_method_are_about_those_of_the_model(script, method):
+    """The model saves a few gradients of inputs in its first layer, and of markers in its last one."""
+    random_model, training = script("random_model"), script("training")
+    config = random_model.small_config(256, 6, 4, 2, 320, max_latent_size=6)
+    pipe = random_model.make_pipeline(config, vae_channels=(8, 8, 8, 8), vae_layers=1)
+    pipe.model.set_attn_implementation("eager")
+    markers = [config.start_of_image_token_id, config.end_of_image_token_id]
+    target = Segment("target", markers, latents=torch.randn(36, config.latent_dim), grid=(6, 6))
+    batch = collate([[target]], packed=True)
+    batch["shift_labels"] = torch.full_like(batch["input_ids"], IGNORE)
+    model = training.make_model(pipe, method)
+    with FlopCounterMode(display=False) as counter:
+        training.train(model, batch)()
+    embedder = 36 * 2 * (256 * 256 + 256 * 256) * (1 if method == "lora" else 3)
+    needed = random_model.flops(random_model.pack_products(config, batch, method))
+    assert needed == pytest.approx(counter.get_total_flops() - embedder, rel=0.06)
+
+
+def test_training_prints_speed_packs_and_what_the_cache_changes(script, capsys):
+    assert script("training").main(["--tiny", "--threads", "1", "--repeats", "1"]) == 0
+    tables = [table.splitlines()[2:] for table in re.findall(r"^\|(?:.+\n)+", capsys.readouterr().out, re.MULTILINE)]
+    cells = [[[cell.strip() for cell in row.strip("|").split("|")] for row in rows] for rows in tables]
+    steps, published, smaller, data = cells
+    for method, gflop, best, median, seconds, bare, ratio, least in steps:
+        assert method in ("full", "generation", "lora") and float(gflop) > 0 and float(least) > 0
+        assert float(best) == pytest.approx(float(median))  # of one repetition
+        assert float(ratio) == pytest.approx(float(seconds) / float(bare), rel=0.02)
+    assert [row[0] for row in steps] == ["full", "generation", "lora"]
+    assert published[0][:2] == ["100", "28672"] and 0.9 < float(published[0][4]) <= 1
+    assert float(smaller[0][2]) <= float(smaller[0][1]) <= 1 and float(smaller[0][3]) == 1
+    for (_, loading, vae, step, total, share, _), cached in zip(data, (False, True), strict=True):
+        assert float(total) == pytest.approx(float(loading) + float(vae) + float(step), rel=0.02)
+        assert float(share) == pytest.approx(float(loading) / float(total), rel=0.02)
+        assert (float(vae) < 1e-3) == cached
+    assert float(data[1][6]) == pytest.approx(float(data[0][4]) / float(data[1][4]), rel=0.02)
+
+
+def test_training_needs_gpu_for_the_options_of_gpu(script, capsys):
+    with pytest.raises(SystemExit):
+        script("training").main(["--tiny", "--sections", "lora"])
+    assert "--sections goes with --gpu" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_training_on_a_gpu_measures_every_section(script, tmp_path, capsys, device):
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    output = tmp_path / "training.jsonl"
+    assert script("training").main(["--gpu", "--tiny", "--device", device, "--output", str(output)]) == 0
+    records = [json.loads(line) for line in output.read_text().splitlines()]
+    sections = ["load", "latents", "lora", "lora-uncached", "generation"]
+    assert list(dict.fromkeys(record["section"] for record in records)) == sections
+    assert records[1]["pictures"] > 0 and records[1]["pictures_per_second"] > 0
+    for section in sections[2:]:
+        steps = [record for record in records if record["section"] == section]
+        assert [record["warm_up"] for record in steps][:3] == [True, True, False]
+        for record in steps:
+            assert 0 < record["seconds_waiting"] < record["seconds"] and record["mfu"] > 0
+            assert record["tokens_per_second"] == pytest.approx(record["tokens"] / record["seconds"], rel=1e-3)
+    trained = {section: [r["tokens"] for r in records if r["section"] == section] for section in sections[2:4]}
+    assert trained["lora"] == trained["lora-uncached"]
