@@ -119,7 +119,7 @@ def _evaluate(args: argparse.Namespace) -> None:
             judge_text=args.judge_text,
         )
     except JudgeStopped as error:
-        raise ValueError(f"{error} (replies so far are in {store})") from error
+        raise ValueError(f"{error} (replies so far are in {store})" if store.is_file() else str(error)) from error
     write_results(results, args.output)
     _print_scores(results)
     print(args.output)
