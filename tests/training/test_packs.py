@@ -98,9 +98,9 @@ def realistic(count: int) -> list[int]:
 @pytest.mark.parametrize("window", [256, 1000])
 def test_packs_are_full_and_quickly_planned(window: int) -> None:
     lengths = realistic(20_000)
-    start = time.perf_counter()
+    start = time.process_time()
     packs = plan_packs(lengths, 30_720, seed=0, window=window)
-    assert time.perf_counter() - start < 2  # measured: 0.2
+    assert time.process_time() - start < 2  # measured: 0.2
     assert sum(lengths) / (30_720 * len(packs)) > 0.96
 
 

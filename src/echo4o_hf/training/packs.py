@@ -283,26 +283,24 @@ class StreamedPacks(IterableDataset[tuple[int, list[Row]]]):
         self, epoch: int, window: int, position: dict[str, Any] | None, done: int
     ) -> Iterator[tuple[int, list[Row]]]:
         packed_epoch = epoch
-        start: dict[str, Any] = {}
         failed: list[Row] = []
-        for here, rows in self._windows(epoch, window, position):
-            start = start or here
-            epoch = here["epoch"]
+        for start, rows in self._windows(epoch, window, position):
+            epoch = start["epoch"]
             usable, lengths = self._measure(rows, failed)
             if not usable:
                 if epoch > packed_epoch + 1:
                     raise ValueError(f"no row of epoch {epoch - 1} can be used, like {failed[0]['id']}")
                 continue
-            seed = random_seed(self.settings["seed"], epoch, here["window"])
+            seed = random_seed(self.settings["seed"], epoch, start["window"])
             packs = [
                 [usable[place] for place in pack] for pack in plan_packs(lengths, self.settings["max_tokens"], seed)
             ]
-            packs[0] += failed
+            packs[0] += failed  # so they are reported before any position is taken
             for pack in packs[done:]:
                 done += 1
                 self._state = {**start, "done": done}
                 yield epoch, pack
-            done, start, failed, packed_epoch = 0, {}, [], epoch
+            done, failed, packed_epoch = 0, [], epoch
 
     def _windows(
         self, epoch: int, window: int, position: dict[str, Any] | None

@@ -18,12 +18,11 @@ import datasets
 from datasets.fingerprint import Hasher
 
 from ..data.builder import NAME as ECHO_4O_IMAGE
-from ..data.pictures import NamedImage
 
 if TYPE_CHECKING:
     from .arguments import Echo4oTrainingArguments
 
-IMAGE = NamedImage(decode=False)
+IMAGE = datasets.Image(decode=False)
 TEXT = datasets.Value("string")
 FEATURES = datasets.Features(
     {"id": TEXT, "instruction": TEXT, "input_images": datasets.List(IMAGE), "output_image": IMAGE, "answer": TEXT}
