@@ -12,6 +12,7 @@ from PIL import Image
 
 from echo4o_hf.cli import build_parser, main
 from echo4o_hf.miniature.dataset import write_dataset
+from echo4o_hf.training.arguments import parse_arguments
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -60,6 +61,10 @@ def test_commands_exist(command: list[str]) -> None:
     if program == "make":
         makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
         assert all(re.search(rf"^{target}:.*## ", makefile, re.MULTILINE) for target in arguments)
+    elif arguments[0] == "train" or program == "accelerate":
+        after = arguments.index("train" if program == "echo4o" else "echo4o_hf.training.train") + 1
+        assert (ROOT / arguments[after]).is_file()
+        parse_arguments([str(ROOT / arguments[after]), *arguments[after + 1 :]])
     elif program == "echo4o":
         assert build_parser().parse_args(arguments).run
     else:
@@ -113,7 +118,16 @@ def test_file_map_is_the_tree() -> None:
     assert set(paths) == files_of_the_tree()
 
 
-def test_code_runs(tmp_path: Path) -> None:
+QUICK_TRAINING = """
+--max_steps 1 --gradient_accumulation_steps 1 --max_tokens 512 --dataset_split train[:8]
+--validation_inference_steps 1 --dataloader_num_workers 0 --report_to none
+"""
+
+
+def test_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (train,) = [command[1:] for command in commands() if "shapes-lora" in command and command[1] == "train"]
+    assert main([*train[:1], str(ROOT / train[1]), *train[2:], *QUICK_TRAINING.split()]) == 0
     code = "\n".join(blocks("python"))
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
     assert Image.open(tmp_path / "shapes.png").size == (64, 64)
