@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from safetensors import SafetensorError
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 from transformers.utils import logging
@@ -95,6 +96,12 @@ def newest_checkpoint(output_dir: str | os.PathLike[str]) -> Path | None:
     return steps[max(steps)] if steps else None
 
 
+def last_checkpoint(output_dir: str | os.PathLike[str]) -> str:
+    """A sentence that says where to go on from."""
+    newest = newest_checkpoint(output_dir)
+    return "No checkpoint was written." if newest is None else f"The last good checkpoint is {newest}."
+
+
 def remove_unfinished(output_dir: str | os.PathLike[str]) -> None:
     """Remove what a process that was killed while it saved has left."""
     for folder in Path(output_dir).glob(_UNFINISHED.format(name="*")):
@@ -116,6 +123,9 @@ def whole_folder(folder: Path, barrier: Callable[[], None], may_move: bool) -> I
         folder: may exist, and is then replaced.
         barrier: waits for all processes, each of which may write.
         may_move: True in the one process that puts the folder in its place.
+
+    Raises:
+        OSError: it cannot be written, as on a full disk; nothing of it is left.
     """
 
     def move(place: Path) -> None:
@@ -136,6 +146,9 @@ def whole_files(folder: Path, barrier: Callable[[], None], may_move: bool) -> It
         folder: made if need be.
         barrier: waits for all processes, each of which may write.
         may_move: True in the one process that puts the files in their place.
+
+    Raises:
+        OSError: they cannot be written, as on a full disk; nothing of them is left.
     """
 
     def move(place: Path) -> None:
@@ -147,7 +160,7 @@ def whole_files(folder: Path, barrier: Callable[[], None], may_move: bool) -> It
                 os.replace(path, target)
         _sync_folder(folder)
 
-    with _unfinished(folder / "files", barrier, move if may_move else None) as place:
+    with _unfinished(folder / "model", barrier, move if may_move else None) as place:
         yield place
 
 
@@ -163,8 +176,12 @@ def _unfinished(path: Path, barrier: Callable[[], None], move: Callable[[Path], 
             move(place)
             shutil.rmtree(place)
         barrier()
-    except BaseException:
+    except BaseException as error:
+        free = shutil.disk_usage(path.parent).free / 1e6
         shutil.rmtree(place, ignore_errors=True)
+        if isinstance(error, OSError | RuntimeError | SafetensorError):  # torch's and safetensors' for full disks
+            cause = f"{error} ({free:.1f} MB were free)"
+            raise OSError(f"{path} cannot be written: {cause}. {last_checkpoint(path.parent)}") from error
         raise
 
 

@@ -79,22 +79,11 @@ class MuonBeside(torch.optim.Optimizer):
         return {"state": states, "param_groups": groups}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Inverse of `state_dict`."""
-        first, groups = 0, list(state_dict["param_groups"])
+        """Inverse of `state_dict`; parameters may be named in any way, as FSDP2 does by their names."""
+        groups = list(state_dict["param_groups"])
         for part in self.parts:
-            count = sum(len(group["params"]) for group in part.param_groups)
             own, groups = groups[: len(part.param_groups)], groups[len(part.param_groups) :]
-            part.load_state_dict(
-                {
-                    "state": {
-                        number - first: state
-                        for number, state in state_dict["state"].items()
-                        if first <= number < first + count
-                    },
-                    "param_groups": [
-                        {**group, "params": [number - first for number in group["params"]]} for group in own
-                    ],
-                }
-            )
-            first += count
+            names = [name for group in own for name in group["params"]]
+            states = {name: state_dict["state"][name] for name in names if name in state_dict["state"]}
+            part.load_state_dict({"state": states, "param_groups": own})
         self.param_groups = self._groups()

@@ -12,7 +12,6 @@ from typing import Any, cast
 
 import torch
 from accelerate.utils import gather_object
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback
@@ -22,7 +21,16 @@ from transformers.utils import logging
 from ..model.packing import IGNORE, PADDING, TARGET
 from ..pipeline.samples import replaced
 from .arguments import Echo4oTrainingArguments
-from .checkpoints import Run, check_run, keep_newest, newest_checkpoint, remove_unfinished, whole_files, whole_folder
+from .checkpoints import (
+    Run,
+    check_run,
+    keep_newest,
+    last_checkpoint,
+    newest_checkpoint,
+    remove_unfinished,
+    whole_files,
+    whole_folder,
+)
 from .collator import PackCollator
 from .ema import WeightAverage
 from .latents import LatentEncoder
@@ -183,14 +191,11 @@ class Echo4oTrainer(Trainer):
 
     def _where(self, ids: Sequence[str]) -> str:
         more = f" and {len(ids) - SHOWN} more" if len(ids) > SHOWN else ""
+        step, rate = self.state.global_step + 1, self.args.learning_rate
         return (
-            f"in step {self.state.global_step + 1}, of the samples {', '.join(ids[:SHOWN])}{more}. "
-            f"{self._last_checkpoint()} Lower learning_rate={self.args.learning_rate}, or look at these samples."
+            f"in step {step}, of the samples {', '.join(ids[:SHOWN])}{more}. Lower learning_rate={rate}, or look at "
+            f"these samples. {last_checkpoint(self.args.output_dir)}"
         )
-
-    def _last_checkpoint(self) -> str:
-        newest = newest_checkpoint(self.args.output_dir)
-        return "No checkpoint was written." if newest is None else f"The last good checkpoint is {newest}."
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Upstream's, with both losses per token, and the tokens per second of all processes."""
@@ -215,8 +220,12 @@ class Echo4oTrainer(Trainer):
 
     def get_train_dataloader(self) -> Any:
         """Upstream's for packs on disk; for a stream, one that knows its position."""
+        # Loaders draw a seed when they are made, once more after resuming: not from the generator of dropouts.
+        generator = torch.Generator()
         if not self._streamed:
-            return super().get_train_dataloader()
+            loader = super().get_train_dataloader()
+            loader.base_dataloader.generator = generator
+            return loader
         from torchdata.stateful_dataloader import StatefulDataLoader
 
         args = self.args
@@ -230,7 +239,7 @@ class Echo4oTrainer(Trainer):
             multiprocessing_context=args.dataloader_multiprocessing_context,
             prefetch_factor=args.dataloader_prefetch_factor,
             in_order=args.dataloader_in_order,
-            generator=torch.Generator(),  # the global one must not depend on how often a loader is made
+            generator=generator,
         )
         return self._stream
 
@@ -327,7 +336,7 @@ class Echo4oTrainer(Trainer):
         """Upstream's, in a place where nobody looks for checkpoints, and what resuming needs beyond it."""
         folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         barrier, may_write = self.accelerator.wait_for_everyone, self.args.should_save
-        with self._explained(f"{folder} cannot be written"), whole_folder(folder, barrier, may_write) as place:
+        with whole_folder(folder, barrier, may_write) as place:
             self._unfinished = place
             try:
                 super()._save_checkpoint(model, trial)
@@ -356,26 +365,10 @@ class Echo4oTrainer(Trainer):
             super().save_model(output_dir, _internal_call)
             return
         folder, barrier = Path(output_dir or self.args.output_dir), self.accelerator.wait_for_everyone
-        with (
-            self._explained(f"the model cannot be written to {folder}"),
-            self.averaged(),
-            self._gathered(),
-            whole_files(folder, barrier, self.args.should_save) as place,
-        ):
+        with self.averaged(), self._gathered(), whole_files(folder, barrier, self.args.should_save) as place:
             super().save_model(str(place), _internal_call=True)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
-
-    @contextmanager
-    def _explained(self, what: str) -> Iterator[None]:
-        try:
-            yield
-        except (
-            OSError,
-            RuntimeError,
-            SafetensorError,
-        ) as error:  # torch and safetensors have their own for full disks
-            raise OSError(f"{what}: {error}. {self._last_checkpoint()}") from error
 
     @contextmanager
     def _gathered(self) -> Iterator[None]:
