@@ -95,9 +95,8 @@ def make_collator(vae=None, store=None, on_error="raise", always_all_parts=False
         SMALL,
         vae.config if vae is not None else {"scaling_factor": 1.0, "shift_factor": 0.0},
         sizes=training_sizes(PROCESSOR, SMALL),
-        max_tokens=2048,
         store=store,
-        **options,
+        **{"max_tokens": 2048, **options},
     )
     return PackCollator(builder, on_error, always_all_parts)
 
@@ -339,6 +338,16 @@ def test_corrupt_pictures_can_be_left_out():
     assert_equal_batches({**batch, "left_out": []}, without)
     with pytest.raises(ValueError, match="no row of a pack can be used: bad: output_image .*; chat: instruction"):
         make_collator(on_error="skip")([(0, [DAMAGED, {**MIXED[3], "instruction": ""}])])
+
+
+def test_oversize_rows_are_left_out_by_their_own_rule():
+    long = drawing("long", *[encoded(96, 96, seed) for seed in range(4)])
+    need = make_collator().builder.num_tokens(long)
+    collator = make_collator(max_tokens=need - 1, oversize="skip")
+    batch = collator([(0, [MIXED[0], long])])
+    assert batch["ids"] == ["draw"] and [id for id, _ in batch["left_out"]] == ["long"]
+    with pytest.raises(SampleError, match="long: "):
+        make_collator(max_tokens=need - 1, oversize="error", on_error="skip")([(0, [MIXED[0], long])])
 
 
 def test_wrong_arguments():

@@ -54,6 +54,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"echo4o: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
-        print(f"echo4o: {stop or 'interrupted'}", file=sys.stderr)
+        print(f"echo4o: {str(stop) or 'interrupted'}", file=sys.stderr)
         return 130
     return 0

@@ -110,7 +110,7 @@ class Echo4oTrainingArguments(TrainingArguments):
     # A batch: one pack of samples for each process.
     max_tokens: int | None = field(
         default=None,
-        metadata={"help": "Of a pack; by default room for a sample with four references (28672 at the full size)."},
+        metadata={"help": "Of a pack; by default room for a sample with four references (30720 at the full size)."},
     )
     oversize: Literal["downscale", "skip", "error"] = field(
         default="downscale", metadata={"help": "What to do with samples that a pack cannot hold."}

@@ -8,7 +8,8 @@ from typing import Any, Literal
 import torch
 
 from ..model.packing import IGNORE, Segment, collate
-from .samples import Picture, Row, Sample, SampleBuilder, SampleError
+from .packs import is_left_out
+from .samples import OversizeError, Picture, Row, Sample, SampleBuilder, SampleError
 
 OnError = Literal["raise", "skip"]
 
@@ -63,7 +64,7 @@ class PackCollator:
             try:
                 samples.append(self.builder.build(row, epoch))
             except SampleError as error:
-                if self.on_error == "raise":
+                if not is_left_out(isinstance(error, OversizeError), self.builder, self.on_error):
                     raise
                 left_out.append((error.id, error.reason))
         if not samples:

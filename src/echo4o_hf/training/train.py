@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 MOST_REFERENCES = 4  # of a row of Echo-4o-Image
-TEXT_TOKENS = 2048  # room for the text of a row
+TEXT_TOKENS = 4096  # room for the text of a row, or for those of seven targets of the full size
 NOT_UPLOADED = ["_*", "checkpoint-*", "validation/*", "runs/*", "training_args.bin"]
 
 
@@ -297,7 +297,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"echo4o train: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
-        print(f"echo4o train: {stop or 'interrupted'}", file=sys.stderr)
+        print(f"echo4o train: {str(stop) or 'interrupted'}", file=sys.stderr)
         return 130
     return 0
 
