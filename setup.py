@@ -80,6 +80,7 @@ setup(
         "test": [
             "bitsandbytes>=0.50.2",
             "datasketch>=2.0",
+            "fastapi>=0.165",
             "httpx2>=2.16.2",
             "hypothesis>=6.170",
             "mypy>=2.4",
@@ -93,6 +94,7 @@ setup(
             "scikit-learn>=1.9.1",
             "tensorboard>=2.21",
             "torchdata>=0.11",
+            "uvicorn>=0.54",
             "webdataset>=1.0.2",
         ],
     },
