@@ -66,7 +66,7 @@ class Amount:
     vae: tuple[int, ...]  # channels
 
 
-ALL = Amount(FULL, planned=20_000, rows=60, packs=5, max_tokens=28_672 // 16, vision=9, vae=(8, 16, 32, 32))
+ALL = Amount(FULL, planned=20_000, rows=60, packs=5, max_tokens=30_720 // 16, vision=9, vae=(8, 16, 32, 32))
 SOME = Amount(TINY, planned=100, rows=6, packs=2, max_tokens=256, vision=2, vae=(8, 8, 8, 8))
 
 

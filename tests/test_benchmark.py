@@ -189,7 +189,7 @@ def test_training_prints_speed_packs_and_what_the_cache_changes(script, capsys):
         assert float(best) == pytest.approx(float(median))  # of one repetition
         assert float(ratio) == pytest.approx(float(seconds) / float(bare), rel=0.02)
     assert [row[0] for row in steps] == ["full", "generation", "lora"]
-    assert published[0][:2] == ["100", "28672"] and 0.9 < float(published[0][4]) <= 1
+    assert published[0][:2] == ["100", "30720"] and 0.9 < float(published[0][4]) <= 1
     assert float(smaller[0][2]) <= float(smaller[0][1]) <= 1 and float(smaller[0][3]) == 1
     for (_, loading, vae, step, total, share, _), cached in zip(data, (False, True), strict=True):
         assert float(total) == pytest.approx(float(loading) + float(vae) + float(step), rel=0.02)
