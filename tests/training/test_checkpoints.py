@@ -68,23 +68,25 @@ def test_only_one_process_moves_and_all_wait_before_and_after(tmp_path):
     target, seen = tmp_path / "checkpoint-1", []
     with whole_folder(target, lambda: seen.append(target.exists()), False) as place:
         (place / target.name).mkdir()
-    assert seen == [False, False] and (place / target.name).exists()
-    with whole_folder(target, lambda: seen.append(target.exists()), True):
-        pass
-    assert seen == [False, False, False, True]
+    assert seen == [False, False, False] and (place / target.name).exists()
+    seen.clear()
+    with whole_folder(target, lambda: seen.append(target.exists()), True) as place:
+        assert not (place / target.name).exists()  # what a killed process left is gone
+        (place / target.name).mkdir()
+    assert seen == [False, False, True]
 
 
 def test_files_take_their_places_beside_others(tmp_path):
     (tmp_path / "model.safetensors").write_text("old")
     (tmp_path / "notes").write_text("mine")
-    with whole_files(tmp_path, no_barrier, True) as place:
+    with whole_files(tmp_path, tmp_path, no_barrier, True) as place:
         (place / "sub").mkdir()
         for name in ("model.safetensors", "sub/config.json"):
             (place / name).write_text("new")
         assert (tmp_path / "model.safetensors").read_text() == "old"
     texts = {str(path.relative_to(tmp_path)): path.read_text() for path in tmp_path.rglob("*") if path.is_file()}
     assert texts == {"model.safetensors": "new", "sub/config.json": "new", "notes": "mine"}
-    with pytest.raises(KeyboardInterrupt), whole_files(tmp_path, no_barrier, True) as place:
+    with pytest.raises(KeyboardInterrupt), whole_files(tmp_path, tmp_path, no_barrier, True) as place:
         (place / "model.safetensors").write_text("half")
         raise KeyboardInterrupt
     assert (tmp_path / "model.safetensors").read_text() == "new"

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
+from echo4o_hf.model.context import Context
 from echo4o_hf.model.modeling_bagel import BagelForConditionalGeneration
 from echo4o_hf.model.packing import IGNORE, TARGET
 from echo4o_hf.training.checkpoints import newest_checkpoint
@@ -213,6 +215,28 @@ def test_the_result_is_the_average(make_trainer, tmp_path):
     assert not same(own, expected)
 
 
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_what_is_saved_can_be_loaded(make_trainer, tmp_path, method):
+    trainer = make_trainer(method=method, max_steps=1)
+    trainer.train()
+    trainer.save_model()
+    if method == "full":
+        loaded = BagelForConditionalGeneration.from_pretrained(tmp_path)
+    else:
+        base = process.make_model(process.load_miniature()["model"].config)
+        loaded = PeftModel.from_pretrained(base, tmp_path).eval()
+    batch = pack(trainer, 0, 3)
+    with torch.no_grad():
+        losses = [trainer.compute_loss(model.eval(), dict(batch)) for model in (loaded, trainer.model)]
+    assert torch.equal(*losses)
+    text = trainer.processing_class.text_segment("a red circle")
+    written = [
+        model.generate_from(model.prefill(Context.empty(1), [text]), 5, do_sample=False)
+        for model in (loaded, trainer.model)
+    ]
+    assert torch.equal(*written)
+
+
 def test_muon(make_trainer):
     trainer = make_trainer(muon=True, max_steps=3)
     trainer.train()
@@ -295,7 +319,7 @@ def small_files():
 def test_a_full_disk_stops_and_leaves_the_last_checkpoint(make_trainer, tmp_path, small_files, part):
     trainer = make_trainer(save_steps=2, save_total_limit=1)
     trainer.add_callback(At(3, lambda: small_files((tmp_path / "checkpoint-2" / part).stat().st_size - 1)))
-    message = "checkpoint-4 cannot be written: .* The last good checkpoint is .*checkpoint-2"
+    message = "checkpoint-4 cannot be written, with .* MiB free there: .* The last good checkpoint is .*checkpoint-2"
     with pytest.raises(OSError, match=message):
         trainer.train()
     small_files(resource.RLIM_INFINITY)
@@ -310,7 +334,7 @@ def test_a_full_disk_at_the_end_leaves_the_model_that_was_there(make_trainer, tm
     before = load_file(tmp_path / "model.safetensors")
     trainer.train()
     small_files(50_000)
-    with pytest.raises(OSError, match="model cannot be written: .*checkpoint-1"):
+    with pytest.raises(OSError, match=f"{tmp_path} cannot be written, with .* MiB free there: .*checkpoint-1"):
         trainer.save_model()
     small_files(resource.RLIM_INFINITY)
     assert same(load_file(tmp_path / "model.safetensors"), before)

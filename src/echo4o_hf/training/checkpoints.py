@@ -117,10 +117,10 @@ def keep_newest(output_dir: str | os.PathLike[str], limit: int | None) -> None:
 
 @contextmanager
 def whole_folder(folder: Path, barrier: Callable[[], None], may_move: bool) -> Iterator[Path]:
-    """A place to write `folder` in, under its own name; it takes the place of `folder` once it is on the disk.
+    """A place to write a checkpoint in, under its own name; it appears as `folder` once it is on the disk.
 
     Args:
-        folder: may exist, and is then replaced.
+        folder: of the checkpoint; if there is one, it is replaced.
         barrier: waits for all processes, each of which may write.
         may_move: True in the one process that puts the folder in its place.
 
@@ -134,16 +134,18 @@ def whole_folder(folder: Path, barrier: Callable[[], None], may_move: bool) -> I
         os.replace(place / folder.name, folder)
         _sync_folder(folder.parent)
 
-    with _unfinished(folder, barrier, move if may_move else None) as place:
+    place = folder.with_name(_UNFINISHED.format(name=folder.name))
+    with _moved(place, folder, folder.parent, barrier, move if may_move else None):
         yield place
 
 
 @contextmanager
-def whole_files(folder: Path, barrier: Callable[[], None], may_move: bool) -> Iterator[Path]:
-    """A place to write files in; each takes its place in `folder`, beside others, once all are on the disk.
+def whole_files(folder: Path, output_dir: Path, barrier: Callable[[], None], may_move: bool) -> Iterator[Path]:
+    """A place to write files in; each appears in `folder`, beside others, once all are on the disk.
 
     Args:
         folder: made if need be.
+        output_dir: where the checkpoints are, for the message of an error.
         barrier: waits for all processes, each of which may write.
         may_move: True in the one process that puts the files in their place.
 
@@ -160,13 +162,19 @@ def whole_files(folder: Path, barrier: Callable[[], None], may_move: bool) -> It
                 os.replace(path, target)
         _sync_folder(folder)
 
-    with _unfinished(folder / "model", barrier, move if may_move else None) as place:
+    place = folder / _UNFINISHED.format(name="files")
+    with _moved(place, folder, output_dir, barrier, move if may_move else None):
         yield place
 
 
 @contextmanager
-def _unfinished(path: Path, barrier: Callable[[], None], move: Callable[[Path], None] | None) -> Iterator[Path]:
-    place = path.with_name(_UNFINISHED.format(name=path.name))
+def _moved(
+    place: Path, what: Path, output_dir: Path, barrier: Callable[[], None], move: Callable[[Path], None] | None
+) -> Iterator[Path]:
+    """An empty folder; `move` takes what was written into it when it is on the disk."""
+    if move is not None:
+        shutil.rmtree(place, ignore_errors=True)
+    barrier()
     place.mkdir(parents=True, exist_ok=True)
     try:
         yield place
@@ -174,15 +182,14 @@ def _unfinished(path: Path, barrier: Callable[[], None], move: Callable[[Path], 
         barrier()
         if move is not None:
             move(place)
-            shutil.rmtree(place)
-        barrier()
-    except BaseException as error:
-        free = shutil.disk_usage(path.parent).free / 1e6
-        shutil.rmtree(place, ignore_errors=True)
-        if isinstance(error, OSError | RuntimeError | SafetensorError):  # torch's and safetensors' for full disks
-            cause = f"{error} ({free:.1f} MB were free)"
-            raise OSError(f"{path} cannot be written: {cause}. {last_checkpoint(path.parent)}") from error
-        raise
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have their own for full disks
+        free = shutil.disk_usage(place.parent).free / 2**20
+        cause = f"{what} cannot be written, with {free:.1f} MiB free there: {error}"
+        raise OSError(f"{cause}. {last_checkpoint(output_dir)}") from error
+    finally:
+        if move is not None:  # others may still write
+            shutil.rmtree(place, ignore_errors=True)
+    barrier()
 
 
 def _remove(folder: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers.training_utils import EMAModel
@@ -12,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import TrainerCallback
 
 
 class WeightAverage(EMAModel):
@@ -26,7 +28,6 @@ class WeightAverage(EMAModel):
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
-        """See the class."""
         self.parameters = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
         super().__init__(self.parameters.values(), decay=decay)
         self.to(dtype=torch.float32)
@@ -62,6 +63,8 @@ class WeightAverage(EMAModel):
             OSError: there is no such file.
             ValueError: it is of other parameters.
         """
+        if not path.exists():
+            raise OSError(f"{path} is missing: that run had no ema_decay")
         with safe_open(path, framework="pt") as file:
             names = set(file.keys())
             if names != self.parameters.keys():
@@ -72,6 +75,17 @@ class WeightAverage(EMAModel):
             for name, shadow in zip(self.parameters, self.shadow_params, strict=True):
                 shadow.copy_(_distributed_like(file.get_tensor(name), shadow))
             self.optimization_step = int(file.metadata()["optimization_step"])
+
+
+class Averaging(TrainerCallback):
+    """Averages in the weights after each step of a trainer's optimizer."""
+
+    def __init__(self, average: WeightAverage) -> None:
+        self.average = average
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """As the class says."""
+        self.average.update()
 
 
 def _distributed_like(tensor: Tensor, like: Tensor) -> Tensor:

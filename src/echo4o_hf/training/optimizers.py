@@ -38,7 +38,6 @@ class MuonBeside(torch.optim.Optimizer):
     def __init__(
         self, matrices: list[nn.Parameter], rest: torch.optim.Optimizer, learning_rate: float, weight_decay: float
     ) -> None:
-        """See the class."""
         if not matrices:
             raise ValueError("muon: true, but no matrix inside a layer is trained")
         muon = torch.optim.Muon(matrices, lr=learning_rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")

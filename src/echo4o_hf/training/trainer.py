@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
@@ -32,10 +33,11 @@ from .checkpoints import (
     whole_folder,
 )
 from .collator import PackCollator
-from .ema import WeightAverage
+from .ema import Averaging, WeightAverage
 from .latents import LatentEncoder
 from .optimizers import MuonBeside, layer_matrices
 from .packs import EagerPacks, PackSampler, StreamedPacks
+from .sharding import bfloat16_policy, drop_gathered, tables_apart
 
 logger = logging.get_logger(__name__)
 
@@ -90,7 +92,8 @@ class Echo4oTrainer(Trainer):
         callbacks: Sequence[TrainerCallback] | None = None,
         **trainer_options: Any,
     ) -> None:
-        """See the class."""
+        if args.n_gpu > 1:
+            raise ValueError(f"{args.n_gpu} GPUs in one process: start one for each with accelerate launch")
         super().__init__(
             model,
             args,
@@ -104,10 +107,13 @@ class Echo4oTrainer(Trainer):
             raise ValueError("muon needs whole matrices, which DeepSpeed takes apart; train with DDP or FSDP2")
         if self.is_deepspeed_enabled and args.ema_decay and args.hf_deepspeed_config.is_zero3():
             raise ValueError("ema_decay does not go with DeepSpeed ZeRO-3; train with FSDP2")
+        if self.is_fsdp_enabled and args.bf16:
+            self.accelerator.state.fsdp_plugin.mixed_precision_policy = bfloat16_policy()
+        if args.ddp_find_unused_parameters is None:
+            args.ddp_find_unused_parameters = not data_collator.always_all_parts
         self.encoder = encoder
+        self._apart = ExitStack()  # what is no part of the model's state while FSDP takes it apart
         self.average: WeightAverage | None = None
-        if args.ema_decay is not None:
-            self.add_callback(_Averaging(self))
         self._streamed = isinstance(train_dataset, StreamedPacks)
         self._stream: Any = None  # a StatefulDataLoader
         self._stream_position: dict[str, Any] | None = None  # after the last step
@@ -166,9 +172,9 @@ class Echo4oTrainer(Trainer):
         outputs = model(**batch, loss_reduction="none")
         own = _counts(batch).to(self._sums)
         counts = own if num_items_in_batch is None else num_items_in_batch.to(self._sums)
-        losses = [outputs["text_loss"].sum()]
-        losses.insert(0, outputs["flow_loss"].sum() if "flow_loss" in outputs else losses[0].new_zeros(()))
-        sums = torch.stack(losses)
+        text = outputs["text_loss"].sum()
+        flow = outputs["flow_loss"].sum() if "flow_loss" in outputs else torch.zeros_like(text)
+        sums = torch.stack([flow, text])
         weights = sums.new_tensor([self.args.flow_weight, self.args.text_weight])
         loss = (weights * sums / counts.clamp(min=1)).sum()
         if not loss.isfinite():
@@ -184,8 +190,8 @@ class Echo4oTrainer(Trainer):
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """Upstream's, before the optimizer's step: a gradient that is not finite must not reach the weights."""
         grad_norm = super()._get_grad_norm(model, grad_norm)
-        may_skip_steps = self.accelerator.scaler is not None  # fp16
-        if grad_norm is not None and not may_skip_steps and not torch.isfinite(torch.as_tensor(float(grad_norm))):
+        skips_steps = self.accelerator.scaler is not None  # fp16
+        if grad_norm is not None and not skips_steps and not math.isfinite(grad_norm):
             raise ValueError(f"the norm of the gradient is {float(grad_norm)} {self._where(self._step_ids)}")
         return grad_norm
 
@@ -261,8 +267,10 @@ class Echo4oTrainer(Trainer):
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """The model has its averaged weights inside, if there is an average, and its own again afterwards."""
+        drop_gathered(self.model)
         with nullcontext() if self.average is None else self.average.applied():
             yield
+            drop_gathered(self.model)
 
     # --------------------------------------------------------------------------------------------------- go on, save
 
@@ -299,9 +307,14 @@ class Echo4oTrainer(Trainer):
         return epochs_done, 0 if self._streamed else batches_done
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
-        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        with self._apart:
+            if self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.cpu_ram_efficient_loading:
+                self._apart.enter_context(tables_apart(self.model, self.accelerator))
+            prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         if self.args.ema_decay is not None:
             self.average = WeightAverage(self.accelerator.unwrap_model(self.model), self.args.ema_decay)
+            self.pop_callback(Averaging)  # of an earlier call
+            self.add_callback(Averaging(self.average))
             if resume_from_checkpoint is not None:
                 self.average.load(Path(resume_from_checkpoint) / AVERAGE)
         if self._resumed is not None:
@@ -311,9 +324,13 @@ class Echo4oTrainer(Trainer):
         self._last_log = time.monotonic()
         return prepared
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        self._apart.close()  # the state is saved whole
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
     def _run_epoch(self, **state: Any) -> None:
         if self._resumed is not None:  # a log after resuming is of all steps since the one before it
-            self._sums = self._resumed["sums"].to(self._sums)
+            self._sums[:4] = self._resumed["sums"][:4].to(self._sums)  # tokens are counted with the time
             self._tr_loss = self._resumed["loss"].to(self._tr_loss)
             self._globalstep_last_logged = self._resumed["last_logged"]
             self._resumed = None
@@ -364,8 +381,9 @@ class Echo4oTrainer(Trainer):
         if self._unfinished is not None:
             super().save_model(output_dir, _internal_call)
             return
-        folder, barrier = Path(output_dir or self.args.output_dir), self.accelerator.wait_for_everyone
-        with self.averaged(), self._gathered(), whole_files(folder, barrier, self.args.should_save) as place:
+        own, barrier = Path(self.args.output_dir), self.accelerator.wait_for_everyone
+        folder = Path(output_dir) if output_dir else own
+        with self.averaged(), self._gathered(), whole_files(folder, own, barrier, self.args.should_save) as place:
             super().save_model(str(place), _internal_call=True)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
@@ -424,17 +442,6 @@ class Echo4oTrainer(Trainer):
             with replaced(path) as partial:
                 partial.write_text("\n".join([*lines, ""]), encoding="utf-8")
             logger.warning(f"{len(left_out)} samples were left out; {path} lists them")
-
-
-class _Averaging(TrainerCallback):
-    """Averages in the weights after each step of the optimizer: `Trainer` has no other place for it."""
-
-    def __init__(self, trainer: Echo4oTrainer) -> None:
-        self.trainer = trainer
-
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        assert self.trainer.average is not None
-        self.trainer.average.update()
 
 
 def _counts(batch: dict[str, Any]) -> Tensor:
