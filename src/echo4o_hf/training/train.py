@@ -15,6 +15,7 @@ from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, cast
 
+import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from huggingface_hub import HfApi
 from transformers import GenerationConfig, Qwen2Config
@@ -262,6 +263,8 @@ def save(trainer: Echo4oTrainer, base: Base, config: BagelConfig, generation_con
         base.vae.save_pretrained(folder / "vae")
         base.scheduler.save_pretrained(folder / "scheduler")
         base.processor.save_pretrained(folder / "processor")
+        with torch.device("meta"):
+            model = BagelForConditionalGeneration(config)  # FSDP has changed the class of the one that was trained
         Echo4oPipeline(model, base.vae, base.scheduler, base.processor).save_config(folder)
     write_card(arguments, trainer.state)
     print(folder, flush=True)

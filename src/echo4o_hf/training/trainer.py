@@ -94,6 +94,8 @@ class Echo4oTrainer(Trainer):
     ) -> None:
         if args.n_gpu > 1:
             raise ValueError(f"{args.n_gpu} GPUs in one process: start one for each with accelerate launch")
+        if args.ddp_find_unused_parameters is None:
+            args.ddp_find_unused_parameters = not data_collator.always_all_parts
         super().__init__(
             model,
             args,
@@ -109,8 +111,6 @@ class Echo4oTrainer(Trainer):
             raise ValueError("ema_decay does not go with DeepSpeed ZeRO-3; train with FSDP2")
         if self.is_fsdp_enabled and args.bf16:
             self.accelerator.state.fsdp_plugin.mixed_precision_policy = bfloat16_policy()
-        if args.ddp_find_unused_parameters is None:
-            args.ddp_find_unused_parameters = not data_collator.always_all_parts
         self.encoder = encoder
         self._apart = ExitStack()  # what is no part of the model's state while FSDP takes it apart
         self.average: WeightAverage | None = None
