@@ -167,8 +167,6 @@ class Echo4oTrainer(Trainer):
         if inputs.get("pictures"):
             self.encoder.fill(inputs)
         batch = {name: value for name, value in inputs.items() if name not in NOT_FOR_THE_MODEL}
-        # Without labels the model would compute the logits of all tokens.
-        batch.setdefault("shift_labels", torch.full_like(batch["input_ids"], IGNORE))
         outputs = model(**batch, loss_reduction="none")
         own = _counts(batch).to(self._sums)
         counts = own if num_items_in_batch is None else num_items_in_batch.to(self._sums)
@@ -446,6 +444,5 @@ class Echo4oTrainer(Trainer):
 
 def _counts(batch: dict[str, Any]) -> Tensor:
     """Tokens with a flow loss and tokens with a text loss: (2,)."""
-    roles, ids = batch["roles"], batch["input_ids"]
-    labels = batch.get("shift_labels", torch.full_like(ids, IGNORE))
-    return torch.stack([(roles[:, ids.shape[1] :] == TARGET).sum(), (labels != IGNORE).sum()])
+    targets = batch["roles"][:, batch["input_ids"].shape[1] :] == TARGET
+    return torch.stack([targets.sum(), (batch["shift_labels"] != IGNORE).sum()])
