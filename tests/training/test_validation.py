@@ -4,6 +4,7 @@ import importlib.util
 import io
 import json
 import logging
+import time
 from pathlib import Path
 
 import numpy as np
@@ -159,6 +160,14 @@ def test_a_benchmark_is_scored_and_its_results_stay(trained, benchmark):
 def test_a_step_is_logged_though_it_is_scored(trained, benchmark):
     trainer = trained(logging_steps=1, validation_steps=1, **benchmark)
     assert [line["step"] for line in trainer.state.log_history if "loss" in line] == [1, 2, 3]
+
+
+def test_its_time_is_not_the_trainings(trained):
+    trainer = trained()
+    callback = next(one for one in trainer.callback_handler.callbacks if isinstance(one, ValidationCallback))
+    start, before = time.monotonic(), trainer._last_log
+    callback.validate(3)
+    assert 0 < trainer._last_log - before <= time.monotonic() - start
 
 
 def test_a_judge_that_cannot_go_on_costs_the_score_and_not_the_run(trained, benchmark, tmp_path, caplog):

@@ -9,6 +9,7 @@ In `output_dir/validation`:
 from __future__ import annotations
 
 import io
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -95,7 +96,7 @@ class ValidationCallback(TrainerCallback):
 
     def validate(self, step: int) -> None:
         """Draw, write, score and log."""
-        trainer = self.trainer
+        trainer, start = self.trainer, time.monotonic()
         with trainer.averaged(), undisturbed(trainer.model, trainer.args.device):
             pipeline = self._pipeline()
             pictures = self._draw(pipeline, dict(enumerate(self.prompts)))
@@ -112,6 +113,7 @@ class ValidationCallback(TrainerCallback):
             should_log = trainer.control.should_log
             trainer.log(dict(scores[0]))
             trainer.control.should_log = should_log
+        trainer._last_log += time.monotonic() - start  # tokens per second are those of training
 
     def _pipeline(self) -> Echo4oPipeline:
         model = self.trainer.model
