@@ -155,7 +155,7 @@ def test_ctrl_c_names_the_last_checkpoint(flags: list[str], tmp_path: Path) -> N
     # a shell's background job ignores SIGINT, and so would what it starts
     listen = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
     code = f"{listen}; import sys; from echo4o_hf.training.train import main; sys.exit(main())"
-    command = [sys.executable, "-c", code, *flags, "--save_steps", "2", "--max_steps", "1000"]
+    command = [sys.executable, "-c", code, *flags, "--save_steps", "2", "--max_steps", "1000", "--disable_tqdm", "1"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         while not list((tmp_path / "out").glob("checkpoint-*")) and process.poll() is None:
             time.sleep(0.1)
@@ -170,8 +170,8 @@ def test_ctrl_c_names_the_last_checkpoint(flags: list[str], tmp_path: Path) -> N
 @pytest.mark.parametrize("example", sorted(EXAMPLES.glob("train_*.yaml")), ids=lambda path: path.stem)
 def test_examples_run_on_the_miniature(example: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    quick = ["--max_steps", "1", "--dataset_split", "train[:64]", "--validation_inference_steps", "1"]
-    assert main(["train", str(example), "--model", MODEL, *quick]) == 0
+    quick = "--max_steps 1 --gradient_accumulation_steps 1 --dataset_split train[:24] --validation_inference_steps 1"
+    assert main(["train", str(example), "--model", MODEL, *quick.split()]) == 0
     settings = yaml.safe_load(example.read_text(encoding="utf-8"))
     pipe = Echo4oPipeline.from_pretrained(MODEL, dtype=torch.float32)
     if settings["method"] == "lora":
