@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -135,6 +136,34 @@ def test_mistakes_are_one_line_and_exit_code_2(
     last = capsys.readouterr().err.rsplit("\r", 1)[-1].splitlines()[-1]
     assert last.startswith("echo4o: error: ") and message in last
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def broken(tmp_path: Path) -> Path:
+    """Pictures with captions, the second cut off in its middle."""
+    folder = tmp_path / "broken"
+    folder.mkdir()
+    noise = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), dtype=np.uint8)
+    for number, pixels in enumerate(noise):
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+    (folder / "1.png").write_bytes((folder / "1.png").read_bytes()[:5000])
+    lines = [json.dumps({"file_name": f"{number}.png", "text": "a red star"}) for number in range(3)]
+    (folder / "metadata.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_a_broken_picture_is_named(
+    workers: str, broken: Path, flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = ["--dataset", "imagefolder", "--dataset_config", "default", "--data_dir", str(broken)]
+    options = ["--caption_column", "text", "--max_steps", "1", "--save_strategy", "no", "--disable_tqdm", "true"]
+    run = ["train", *flags, *source, *options, "--dataloader_num_workers", workers, "--on_error"]
+    assert main([*run, "raise"]) == 2
+    assert "echo4o: error: 1: output_image does not decode" in capsys.readouterr().err.splitlines()[-1]
+    assert main([*run, "skip"]) == 0
+    (line,) = (tmp_path / "out/left_out.jsonl").read_text(encoding="utf-8").splitlines()
+    assert json.loads(line)["id"] == "1"
 
 
 def test_room_for_four_references() -> None:

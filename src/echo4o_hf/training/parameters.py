@@ -5,6 +5,7 @@ Parameters keep their official names; `lora` puts adapters on the linear layers 
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -79,7 +80,10 @@ def prepare_model(
 
     with torch.random.fork_rng(devices=[]):  # peft draws the first factors on the CPU
         torch.default_generator.manual_seed(arguments.seed)
-        return get_peft_model(model, config)
+        adapted = get_peft_model(model, config)
+    # No embedding is ever trained; to find that out, peft would ask the Hub for the base at each save.
+    adapted.save_pretrained = partial(adapted.save_pretrained, save_embedding_layers=False)
+    return adapted
 
 
 def is_trained(name: str, method: str) -> bool:

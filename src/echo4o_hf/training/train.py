@@ -9,8 +9,10 @@ The first is one process, the second one for each GPU.
 from __future__ import annotations
 
 import os
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, cast
@@ -34,7 +36,7 @@ from .memory import describe
 from .packs import EagerPacks, StreamedPacks
 from .parameters import prepare_model, quantization_config
 from .rows import Rows, load_rows
-from .samples import MARKERS, SampleBuilder
+from .samples import MARKERS, SampleBuilder, SampleError
 from .sizes import Sizes, training_sizes
 from .trainer import Echo4oTrainer
 from .validation import ValidationCallback
@@ -94,7 +96,8 @@ def train(arguments: Echo4oTrainingArguments) -> None:
         trainer.add_callback(ValidationCallback(trainer))
     # 3. Train.
     try:
-        trainer.train(resume)
+        with workers_errors_in_short():
+            trainer.train(resume)
     except KeyboardInterrupt:
         last = last_checkpoint(arguments.output_dir)
         raise KeyboardInterrupt(f"interrupted. {last} To go on: --resume_from_checkpoint true") from None
@@ -189,9 +192,9 @@ def fill_latent_cache(
         ValueError: rows that cannot be used.
         OSError: the cache cannot be written.
     """
-    left_out = precompute(
-        rows, builder, encoder, on_error=arguments.on_error, num_workers=arguments.dataloader_num_workers
-    )
+    with workers_errors_in_short():
+        workers = arguments.dataloader_num_workers
+        left_out = precompute(rows, builder, encoder, on_error=arguments.on_error, num_workers=workers)
     if arguments.process_index == 0:
         for id, reason in left_out:
             print(f"left out: {id}: {reason}")
@@ -286,6 +289,16 @@ def push(trainer: Echo4oTrainer) -> None:
             ignore_patterns=NOT_UPLOADED,
         )
     trainer.accelerator.wait_for_everyone()
+
+
+@contextmanager
+def workers_errors_in_short() -> Iterator[None]:
+    """A `SampleError` of a DataLoader's worker says what is wrong, without the worker's traceback."""
+    try:
+        yield
+    except SampleError as error:
+        last = str(error).strip().splitlines()[-1]  # after the traceback: module.SampleError: id: reason
+        raise ValueError(re.sub(r"^[\w.]+Error: ", "", last)) from error
 
 
 def main(argv: Sequence[str] | None = None) -> int:
