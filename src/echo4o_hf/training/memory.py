@@ -86,10 +86,10 @@ def memory_lines(model: nn.Module, arguments: Echo4oTrainingArguments, max_token
         *_optimizer_lines(model, trained, arguments),
     ]
     if arguments.ema_decay is not None:
-        num_values = sum(parameter.numel() for parameter in trained)
+        num_values = sum(map(_count, trained))
         lines.append(Line("average", 4.0 * num_values, "4 bytes a trained value"))
     if arguments.bf16:
-        cast_values = sum(parameter.numel() for parameter in trained if parameter.dtype == torch.float32)
+        cast_values = sum(_count(parameter) for parameter in trained if parameter.dtype == torch.float32)
         lines.append(Line("autocast", 2.0 * cast_values, "2 bytes a trained value in float32, while it is used"))
     return [*lines, *_activation_lines(cast(Qwen2Config, cast(Any, model).config.text_config), arguments, max_tokens)]
 
@@ -105,7 +105,7 @@ def _optimizer_lines(model: nn.Module, trained: list[nn.Parameter], arguments: E
     if optim not in STATES:
         return [*lines, Line("optimizer", 0.0, f"not known for {optim}: left out")]
     states, size = STATES[optim]
-    num_bytes = sum(_num_bytes(parameter) if size is None else size * parameter.numel() for parameter in trained)
+    num_bytes = sum(_num_bytes(parameter) if size is None else size * _count(parameter) for parameter in trained)
     each = "in the weights' dtypes" if size is None else f"of {size} bytes a value"
     return [*lines, Line("optimizer", states * num_bytes, f"{optim}: {states} states {each}")]
 
@@ -139,9 +139,10 @@ def _part(name: str) -> str:
 
 
 def _count(parameter: nn.Parameter) -> int:
-    """Values, also where several are packed into one byte."""
+    """Values, also where several are packed into one byte, or where DeepSpeed ZeRO-3 has taken them apart."""
     state = getattr(parameter, "quant_state", None)  # of bitsandbytes; None until the weight is loaded
-    return parameter.numel() if state is None else state.shape.numel()
+    whole: int = getattr(parameter, "ds_numel", parameter.numel())
+    return whole if state is None else state.shape.numel()
 
 
 def _num_bytes(parameter: nn.Parameter) -> float:
