@@ -120,6 +120,18 @@ def test_a_second_run_asks_nothing(store, png):
         assert (after.input_tokens, after.output_tokens, after.latency, after.truncated) == (5, 2, 0.25, True)
 
 
+def test_the_store_is_asked_by_key_not_by_its_length(tmp_path, png):
+    """An empty store is false, and a thread or another process may fill it between two questions."""
+
+    class Uncounted(VerdictStore):
+        def __len__(self):
+            raise AssertionError("counted")
+
+    with Uncounted(tmp_path / "store.sqlite") as store:
+        first, second = (ask(echo, [Request("s", "p", [png])], store=store, progress=False)[0] for _ in range(2))
+    assert (first.from_store, second.from_store) == (False, True)
+
+
 def test_whatever_decides_the_reply_is_asked_again(store, png, picture):
     calls = []
     other = io.BytesIO()

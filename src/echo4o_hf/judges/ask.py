@@ -115,7 +115,7 @@ def ask(
                 finish([index], _again(known[task.key]))
             elif task.key in waiting:
                 waiting[task.key].append(index)
-            elif stored := store and store.get(task.key):
+            elif store is not None and (stored := store.get(task.key)):
                 known[task.key] = _outcome(task.key, stored.reply, from_store=True)
                 finish([index], known[task.key])
             else:
