@@ -14,13 +14,13 @@ from PIL import Image, PngImagePlugin
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from echo4o_hf.pipeline.pipeline_echo4o import Echo4oPipeline
+from echo4o_hf.pipeline.records import read_record
 from echo4o_hf.pipeline.samples import (
     Drawn,
     draw_samples,
     find_pipeline_class,
     noise_seed,
     read_arguments,
-    read_record,
 )
 
 PROMPTS = {0: "a red cat", 1: "two blue hats", 7: "a cat", 12: "two hats two hats a red cat"}

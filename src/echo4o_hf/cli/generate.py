@@ -131,7 +131,7 @@ def _generate_prompt(args: argparse.Namespace, given: dict[str, Any]) -> None:
     from PIL import Image
 
     from ..pipeline.pipeline_echo4o import Echo4oPipeline
-    from ..pipeline.samples import save_png
+    from ..pipeline.records import save_png
 
     device, dtype = _device_and_dtype(args)
     number = 1 if args.num_images is None else args.num_images

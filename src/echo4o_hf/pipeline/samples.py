@@ -4,11 +4,13 @@ A folder of samples holds `{number}_{sample}.png`, the number being that of the 
 line per picture:
     {"file_name": "17_0.png", "prompt": "…", "number": 17, "sample": 0, "model": "…", "pipeline": "Echo4oPipeline",
      "seed": 0, "parameters": {…}, "dtype": "bfloat16", "device": "cuda", "software": "…"}
+and `lora`, `attention`, `compiled` where there are such; of references, `parameters` holds names and hashes.
 The lines are copies of what each picture says in its PNG text; `file_name` is what `load_dataset("imagefolder")`
 wants. Where a pipeline says more about a picture (Echo-4o its plan, a safety checker its finding), that is added.
 
-The noise of a picture depends on seed, number and sample alone: not on batch, order, process or device. Neither does
-the picture, but for the rounding of floats, which differs between devices and between sizes of a batch.
+The noise of a picture depends on its own seed alone, which `draw_samples` makes of seed, number and sample: not on
+batch, order, process or device. Neither does the picture, but for the rounding of floats, which differs between
+devices and between sizes of a batch. What an interrupted run left is drawn in the batches that it would have had.
 """
 
 from __future__ import annotations
@@ -16,15 +18,12 @@ from __future__ import annotations
 import difflib
 import hashlib
 import inspect
-import io
 import json
 import os
-import re
-import secrets
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,13 +31,12 @@ import diffusers
 import torch
 from accelerate import PartialState
 from diffusers import DiffusionPipeline
-from filelock import FileLock
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 from tqdm.auto import tqdm
 
 from ..model.checkpoint import BUNDLED_NAMES
 from .pipeline_echo4o import Echo4oPipeline
+from .records import JSON_TEXTS, is_drawn, save_png, write_metadata
 
 SET_HERE = (
     "prompt",
@@ -50,27 +48,102 @@ SET_HERE = (
     "callback_on_step_end",
     "callback_on_step_end_tensor_inputs",
 )
-COMPARED = ("prompt", "model", "pipeline", "seed", "parameters", "dtype")  # with another one, it is another picture
-JSON_TEXTS = ("number", "sample", "seed", "parameters", "nsfw_content_detected")  # of the PNG texts, those not plain
 OUTPUTS = {"texts": "plan", "nsfw_content_detected": "nsfw_content_detected"}  # of pipelines, and what we call them
 JSON_TYPES = (type(None), bool, int, float, str, list, tuple, dict)
 SOFTWARE = ("echo4o-hf", "diffusers", "transformers", "torch")
 
-_NAME = re.compile(r"([0-9]+)_([0-9]+)\.png")
-
 
 @dataclass(frozen=True)
 class Sample:
-    """A picture to draw: the prompt, its number, and which of the prompt's pictures it is."""
+    """A picture to draw.
+
+    Attributes:
+        number: of the prompt.
+        index: which of the prompt's pictures.
+        prompt: the text.
+        seed: that its record names.
+        noise: the seed of its noise.
+        arguments: of the pipeline's call.
+        references: pictures that Echo-4o sees before the prompt.
+    """
 
     number: int
     index: int
     prompt: str
+    seed: int
+    noise: int
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    references: tuple[Path, ...] = ()
 
     @property
     def file_name(self) -> str:
         """Of its picture."""
         return f"{self.number}_{self.index}.png"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A pipeline, loaded only when a picture is missing.
+
+    Attributes:
+        model: checkpoint of Echo-4o (see `Echo4oPipeline.from_pretrained`), or saved pipeline of diffusers.
+        dtype: "float32", "bfloat16" or "float16".
+        device: "cuda" is another one in each process.
+        loras: of Echo-4o, adapters by folder or Hub name, and how much of each is added.
+        attention: of Echo-4o, see `Echo4oPipeline.set_attention_backend`.
+        compiled: of Echo-4o, see `Echo4oPipeline.compile`.
+    """
+
+    model: str
+    dtype: str = "float32"
+    device: str | torch.device = "cpu"
+    loras: tuple[tuple[str, float], ...] = ()
+    attention: str | None = None
+    compiled: bool = False
+
+    def load(self, pipeline_class: type[DiffusionPipeline]) -> DiffusionPipeline:
+        """The pipeline on its device.
+
+        Raises:
+            OSError: the checkpoint or an adapter cannot be read.
+            ValueError: an adapter that does not fit, or an unknown attention.
+            ImportError: an attention that is not installed.
+        """
+        pipeline = load_pipeline(self.model, pipeline_class, getattr(torch, self.dtype)).to(self.device)
+        if isinstance(pipeline, Echo4oPipeline):
+            names = [f"lora_{place}" for place in range(len(self.loras))]
+            for name, (adapter, _) in zip(names, self.loras, strict=True):
+                pipeline.load_lora_weights(adapter, adapter_name=name)
+            if names:
+                pipeline.set_adapters(names, [scale for _, scale in self.loras])
+            if self.attention is not None:
+                pipeline.set_attention_backend(self.attention)
+            if self.compiled:
+                pipeline.compile()
+        return pipeline
+
+    def settings(self, pipeline_class: type[DiffusionPipeline]) -> dict[str, Any]:
+        """What records say of it.
+
+        Raises:
+            ValueError: what only Echo-4o has is wanted of another pipeline.
+        """
+        more = {
+            "lora": [[adapter, scale] for adapter, scale in self.loras],
+            "attention": self.attention,
+            "compiled": self.compiled,
+        }
+        given = {name: value for name, value in more.items() if value}
+        if given and pipeline_class is not Echo4oPipeline:
+            raise ValueError(f"{self.model} is a {pipeline_class.__name__}; only Echo-4o takes {', '.join(given)}")
+        return {
+            "model": str(self.model),
+            "pipeline": pipeline_class.__name__,
+            "dtype": self.dtype,
+            "device": torch.device(self.device).type,
+            "software": ", ".join(f"{name} {version(name)}" for name in SOFTWARE),
+            **given,
+        }
 
 
 class Drawn(NamedTuple):
@@ -89,54 +162,59 @@ def draw_samples(
     batch_size: int = 1,
     seed: int = 0,
     arguments: Mapping[str, Any] | None = None,
-    dtype: str = "float32",
-    device: str | torch.device = "cpu",
+    **source: Any,
 ) -> Drawn:
-    """Draw what is missing in a folder of samples; processes of `accelerate launch` share the work.
+    """Draw several pictures of each prompt, those that are missing in a folder: see `draw_missing`.
 
     Args:
-        model: Checkpoint of Echo-4o (see `Echo4oPipeline.from_pretrained`), or saved pipeline of diffusers.
+        model: See `Source`.
         prompts: By their numbers.
         folder: Is made where it is missing.
         samples_per_prompt: Pictures of each prompt.
         batch_size: Pictures at the same time.
         seed: With number and sample, of the noise.
         arguments: Of the pipeline's call.
-        dtype: "float32", "bfloat16" or "float16".
-        device: "cuda" is another one in each process.
+        **source: Of `Source`: `dtype`, `device`, `loras`, `attention`, `compiled`.
+    """
+    if samples_per_prompt < 1:
+        raise ValueError(f"samples_per_prompt={samples_per_prompt} must be at least 1")
+    samples = [
+        Sample(number, index, prompt, seed, noise_seed(seed, number, index), arguments or {})
+        for number, prompt in prompts.items()
+        for index in range(samples_per_prompt)
+    ]
+    return draw_missing(samples, folder, Source(model, **source), batch_size)
+
+
+def draw_missing(samples: Sequence[Sample], folder: Path, source: Source, batch_size: int = 1) -> Drawn:
+    """Draw what is missing in a folder of samples; processes of `accelerate launch` share the work.
+
+    Args:
+        samples: In this order; neighbours with the same arguments are drawn together.
+        folder: Is made where it is missing.
+        source: What draws them.
+        batch_size: Pictures at the same time.
 
     Raises:
         OSError: the checkpoint cannot be read, or a picture not be written.
         ValueError: a number below 1, an argument that the pipeline does not take, or a picture in `folder` that was
             drawn with other settings.
     """
-    for name, value in (("samples_per_prompt", samples_per_prompt), ("batch_size", batch_size)):
-        if value < 1:
-            raise ValueError(f"{name}={value} must be at least 1")
-    device = torch.device(device)
-    pipeline_class = find_pipeline_class(model)
-    arguments = dict(arguments or {})
-    settings = {
-        "model": str(model),
-        "pipeline": pipeline_class.__name__,
-        "seed": seed,
-        "parameters": read_arguments(pipeline_class, arguments),
-        "dtype": dtype,
-        "device": device.type,
-        "software": ", ".join(f"{name} {version(name)}" for name in SOFTWARE),
-    }
-    samples = [Sample(number, index, prompts[number]) for number in prompts for index in range(samples_per_prompt)]
-    state = PartialState(cpu=device.type == "cpu")
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} must be at least 1")
+    pipeline_class = find_pipeline_class(source.model)
+    settings = source.settings(pipeline_class)
+    records = {sample.file_name: _record(sample, settings, pipeline_class) for sample in samples}
+    state = PartialState(cpu=torch.device(source.device).type == "cpu")
     folder.mkdir(parents=True, exist_ok=True)
-    with state.split_between_processes(samples) as mine:
-        missing = [sample for sample in mine if not is_drawn(sample, folder, settings)]
+    with state.split_between_processes(list(samples)) as mine:
+        missing = [sample for sample in mine if not is_drawn(folder / sample.file_name, records[sample.file_name])]
     if missing:
-        pipeline = load_pipeline(model, pipeline_class, getattr(torch, dtype)).to(device)
-        batches = [missing[start : start + batch_size] for start in range(0, len(missing), batch_size)]
+        pipeline = source.load(pipeline_class)
         try:
             with tqdm(total=len(missing), unit="picture", disable=not state.is_main_process) as bar:
-                for batch in batches:
-                    _draw(pipeline, batch, folder, settings, arguments)
+                for batch in _batches(missing, batch_size):
+                    _draw(pipeline, batch, folder, records)
                     bar.update(len(batch))
         finally:
             write_metadata(folder)
@@ -207,107 +285,58 @@ def load_pipeline(model: str, pipeline_class: type[DiffusionPipeline], dtype: to
     return pipeline
 
 
-def is_drawn(sample: Sample, folder: Path, settings: Mapping[str, Any]) -> bool:
-    """Whether a sample's picture is there, whole and drawn with these settings.
+def read_picture(path: Path) -> Image.Image:
+    """A picture, read to its end.
 
     Raises:
-        ValueError: it was drawn with others.
+        OSError: there is no such file, or it is no whole picture.
     """
-    path = folder / sample.file_name
-    there = read_record(path)
-    if there is None:
-        return False
-    if not there:
-        raise ValueError(f"{path} was not drawn by this command: name another folder, or remove the picture")
-    wanted = {"prompt": sample.prompt, **settings}
-    before, now = there["parameters"], wanted["parameters"]
-    pairs = [(name, there[name], wanted[name]) for name in COMPARED if name != "parameters"]
-    pairs += [(name, before.get(name), now.get(name)) for name in {**now, **before}]
-    for name, old, new in pairs:
-        if old != new:
-            raise ValueError(
-                f"{path} was drawn with {name}={json.dumps(old)}, now it is {json.dumps(new)}: "
-                "name another folder, or remove the pictures"
-            )
-    return True
-
-
-def read_record(path: Path) -> dict[str, Any] | None:
-    """What a picture's PNG text says of it, {} if nothing; None where no file is, or only part of one."""
     try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        return None
-    try:
-        with Image.open(io.BytesIO(content)) as image:
-            image.verify()
-            texts = {str(name): text for name, text in image.info.items()}
-    except (OSError, SyntaxError):  # what Pillow raises for files that are damaged or cut off
-        return None
-    if not texts.keys() >= {*COMPARED, "number", "sample"}:
-        return {}
-    return {name: json.loads(text) if name in JSON_TEXTS else text for name, text in texts.items()}
+        with Image.open(path) as image:
+            image.load()
+            return image
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise OSError(f"{path} cannot be read as a picture: {error}") from error
 
 
-def write_metadata(folder: Path) -> None:
-    """Write metadata.jsonl anew from all pictures in a folder.
-
-    A process does so after its last picture, one at a time, so that the last one to do it sees all of them.
-    """
-    with FileLock(folder / ".metadata.lock"):
-        names = [match for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))]
-        lines = []
-        for match in sorted(names, key=lambda match: (int(match[1]), int(match[2]))):
-            record = read_record(folder / match[0])
-            if record:
-                lines.append(json.dumps({"file_name": match[0], **record}, ensure_ascii=False) + "\n")
-        with replaced(folder / "metadata.jsonl") as partial:
-            partial.write_text("".join(lines), encoding="utf-8")
+def _record(sample: Sample, settings: Mapping[str, Any], pipeline_class: type[DiffusionPipeline]) -> dict[str, Any]:
+    parameters = read_arguments(pipeline_class, sample.arguments)
+    if sample.references:
+        hashes = [hashlib.sha256(path.read_bytes()).hexdigest() for path in sample.references]
+        parameters["image"] = [
+            {"file": str(path), "sha256": value} for path, value in zip(sample.references, hashes, strict=True)
+        ]
+    record = {"prompt": sample.prompt, "number": sample.number, "sample": sample.index, **settings}
+    return {**record, "seed": sample.seed, "parameters": parameters}
 
 
-def save_png(image: Image.Image, path: Path, settings: Mapping[str, object]) -> None:
-    """Write `path` in one piece, with each setting as a text chunk of the PNG."""
-    chunks = PngInfo()
-    for name, value in settings.items():
-        chunks.add_text(name, str(value))
-    with replaced(path) as partial:
-        image.save(partial, format="PNG", pnginfo=chunks)
-
-
-@contextmanager
-def replaced(path: Path) -> Iterator[Path]:
-    """A name to write to, that becomes `path` once all is written."""
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")  # other processes have other names
-    try:
-        yield partial
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+def _batches(samples: Sequence[Sample], batch_size: int) -> Iterator[list[Sample]]:
+    for _, group in groupby(samples, key=lambda sample: sample.arguments):
+        alike = list(group)
+        for start in range(0, len(alike), batch_size):
+            yield alike[start : start + batch_size]
 
 
 def _draw(
-    pipeline: DiffusionPipeline,
-    batch: Sequence[Sample],
-    folder: Path,
-    settings: Mapping[str, Any],
-    arguments: Mapping[str, Any],
+    pipeline: DiffusionPipeline, batch: Sequence[Sample], folder: Path, records: Mapping[str, Mapping[str, Any]]
 ) -> None:
-    seeds = [noise_seed(settings["seed"], sample.number, sample.index) for sample in batch]
     # Pipelines of diffusers take one text against all prompts only where there is one prompt.
-    repeated = {
+    arguments = {
         name: [value] * len(batch) if name.startswith("negative_prompt") and isinstance(value, str) else value
-        for name, value in arguments.items()
+        for name, value in batch[0].arguments.items()
     }
+    if any(sample.references for sample in batch):
+        arguments["image"] = [[read_picture(path) for path in sample.references] for sample in batch]
     output = pipeline(
         prompt=[sample.prompt for sample in batch],
-        generator=[torch.Generator().manual_seed(seed) for seed in seeds],  # on the CPU: the same on every device
-        **repeated,
+        generator=[torch.Generator().manual_seed(sample.noise) for sample in batch],  # the same on every device
+        **arguments,
     )
     images = output.get("images", [])
     if len(images) != len(batch):
-        raise ValueError(f"{settings['pipeline']} drew {len(images)} pictures of {len(batch)} prompts")
+        raise ValueError(f"{type(pipeline).__name__} drew {len(images)} pictures of {len(batch)} prompts")
     for place, (sample, image) in enumerate(zip(batch, images, strict=True)):
         more = {ours: output[theirs][place] for theirs, ours in OUTPUTS.items() if output.get(theirs) is not None}
-        record = {"prompt": sample.prompt, "number": sample.number, "sample": sample.index, **settings, **more}
+        record = {**records[sample.file_name], **more}
         texts = {name: json.dumps(value) if name in JSON_TEXTS else value for name, value in record.items()}
         save_png(image, folder / sample.file_name, texts)

@@ -24,7 +24,7 @@ from transformers import TrainerState
 from ..benchmarks.evaluation import BENCHMARKS, ITEMS_SHA256, read_results
 from ..benchmarks.statistics import compare
 from ..model.checkpoint import BUNDLED_NAMES
-from ..pipeline.samples import replaced
+from ..pipeline.records import replaced
 from ..report.model_index import model_index
 from ..report.runs import Comparison, Run
 from ..report.tables import markdown_text, tables_text

@@ -32,7 +32,7 @@ from tqdm import tqdm
 from transformers.utils import logging
 
 from ..model.packing import patchify
-from ..pipeline.samples import replaced
+from ..pipeline.records import replaced
 from .packs import OnError, is_left_out
 from .samples import OversizeError, SampleError
 

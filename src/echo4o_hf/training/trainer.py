@@ -20,7 +20,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from transformers.utils import logging
 
 from ..model.packing import IGNORE, PADDING, TARGET
-from ..pipeline.samples import replaced
+from ..pipeline.records import replaced
 from .arguments import Echo4oTrainingArguments
 from .checkpoints import (
     Run,

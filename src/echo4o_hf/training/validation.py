@@ -34,7 +34,8 @@ from ..model.checkpoint import OFFICIAL_SHIFT
 from ..model.packing import Grid
 from ..pipeline.pipeline_echo4o import Echo4oPipeline
 from ..pipeline.prompts import latent_grid
-from ..pipeline.samples import noise_seed, replaced
+from ..pipeline.records import replaced
+from ..pipeline.samples import noise_seed
 from .grid import picture_grid
 
 if TYPE_CHECKING:
