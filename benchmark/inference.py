@@ -3,8 +3,14 @@
     python benchmark/inference.py --threads 2 --repeats 5
 
 Everything is measured in turns in one process. An image is a prompt of 24 tokens, then 20 updates that are all guided:
-41 evaluations of the model, without decoding. A training step is the forward and backward pass of a pack of 1024
-tokens, without an optimizer.
+41 evaluations of the model, without decoding. It is drawn
+
+- plain: the branches of guidance one after another, each with its context, as the official code does;
+- packed: as the pipeline does, also several images at a time;
+- compiled: likewise, after `pipe.compile()`.
+
+A training step is the forward and backward pass of a pack of 1024 tokens, without an optimizer. The bare products take
+their right factors from as many matrices as the model has layers, as the model does.
 """
 
 from __future__ import annotations
@@ -27,8 +33,10 @@ from random_model import (
     small_config,
     training_pack,
 )
+from torch import Tensor
 
 from echo4o_hf.model.configuration_bagel import BagelConfig
+from echo4o_hf.pipeline.guidance import Guidance, guide
 from echo4o_hf.pipeline.pipeline_echo4o import Echo4oPipeline
 
 
@@ -44,16 +52,27 @@ class Size:
     answer: int  # tokens of the text in the training pack that is learned
 
 
+@dataclass(frozen=True)
+class Task:
+    """What runs, and the products that it needs."""
+
+    run: Callable[[], object]
+    products: Products
+
+
 FULL = Size(model=(512, 8, 8, 4, 1408), side=16, prompt=24, updates=20, images=3, answer=154)
 TINY = Size(model=(32, 2, 4, 2, 48), side=2, prompt=4, updates=2, images=1, answer=6)
 
 
-def image_products(config: BagelConfig, size: Size) -> Products:
-    """Of one image: the prompt, then the updates, each with and without it."""
+def image_products(config: BagelConfig, size: Size, images: int = 1) -> Products:
+    """Of images of one prompt each: the prompts, then the updates, each with and without them."""
     latents = size.side**2
     seen = latents + 2
-    prefill = forward_products(config, size.prompt, 0, [(size.prompt, (size.prompt + 1) // 2)], logits=1)
-    update = forward_products(config, 4, 2 * latents, [(seen, seen + size.prompt), (seen, seen)])
+    texts = [(size.prompt, (size.prompt + 1) // 2)] * images
+    prefill = forward_products(config, size.prompt * images, 0, texts, logits=images)
+    update = forward_products(
+        config, 4 * images, 2 * latents * images, [(seen, seen + size.prompt), (seen, seen)] * images
+    )
     return prefill + Counter({shape: times * size.updates for shape, times in update.items()})
 
 
@@ -69,11 +88,11 @@ def training_products(config: BagelConfig, size: Size) -> Products:
     return forward + backward_products(forward)
 
 
-def draw(pipe: Echo4oPipeline, size: Size) -> Callable[[], object]:
-    """Function that draws an image, up to its latents."""
+def draw(pipe: Echo4oPipeline, size: Size, images: int = 1) -> Callable[[], object]:
+    """Function that draws images of a prompt each, up to their latents."""
     pixels = size.side * pipe.model.config.latent_stride
     return lambda: pipe(
-        prompt(size.prompt),
+        [prompt(size.prompt)] * images,
         height=pixels,
         width=pixels,
         num_inference_steps=size.updates,
@@ -81,6 +100,29 @@ def draw(pipe: Echo4oPipeline, size: Size) -> Callable[[], object]:
         guidance_interval=(0.0, 1.0),
         output_type="latent",
     )
+
+
+def draw_plain(pipe: Echo4oPipeline, size: Size) -> Callable[[], object]:
+    """Function that draws one image without the pipeline's loop: each branch in a call of its own."""
+    grid = (size.side, size.side)
+    guidance = Guidance(text_scale=4.0, image_scale=1.0, interval=(0.0, 1.0), renorm="global")
+
+    @torch.no_grad()
+    def run() -> Tensor:
+        contexts = pipe.encode_contexts([[prompt(size.prompt)]])
+        with_text, without = (
+            pipe.model.prepare_noisy_block([context], [grid])
+            for context in (contexts.conditional, contexts.without_text)
+        )
+        latents = pipe.prepare_latents([grid], None, None)
+        for step, timestep in enumerate(pipe.prepare_timesteps(size.updates)):
+            at = pipe.scheduler.sigmas[step].expand(1)
+            velocity = pipe.model.predict_velocity(latents, at, with_text)
+            velocity = guide(velocity, pipe.model.predict_velocity(latents, at, without), velocity, guidance)
+            latents = pipe.scheduler.step(velocity, timestep, latents, return_dict=False)[0]
+        return latents
+
+    return run
 
 
 def train(pipe: Echo4oPipeline, size: Size) -> Callable[[], None]:
@@ -95,18 +137,22 @@ def train(pipe: Echo4oPipeline, size: Size) -> Callable[[], None]:
     return step
 
 
-def multiply(products: Products) -> Callable[[], None]:
+def multiply(products: Products, layers: int) -> Callable[[], None]:
     """Function that computes nothing but the products, with `torch.mm`."""
     operands = {
-        shape: (torch.randn(shape[0], shape[1]), torch.randn(shape[1], shape[2]), torch.empty(shape[0], shape[2]))
-        for shape in products
+        (rows, inner, columns): (
+            torch.randn(rows, inner),
+            [torch.randn(inner, columns) for _ in range(min(layers, times))],
+            torch.empty(rows, columns),
+        )
+        for (rows, inner, columns), times in products.items()
     }
 
     def run() -> None:
         for shape, times in products.items():
-            left, right, out = operands[shape]
-            for _ in range(times):
-                torch.mm(left, right, out=out)
+            left, rights, out = operands[shape]
+            for turn in range(times):
+                torch.mm(left, rights[turn % len(rights)], out=out)
 
     return run
 
@@ -123,30 +169,46 @@ def interleave(tasks: dict[str, Callable[[], object]], repeats: int) -> dict[str
     return seconds
 
 
+def measured(pipe: Echo4oPipeline, compiled: Echo4oPipeline, size: Size, batches: Sequence[int]) -> dict[str, Task]:
+    """What is measured."""
+    config = pipe.model.config
+    of_images = {images: image_products(config, size, images) for images in batches}
+    tasks = {"image, plain": Task(draw_plain(pipe, size), of_images[1])}
+    for images in batches:
+        what = "image" if images == 1 else f"{images} images"
+        tasks[f"{what}, packed"] = Task(draw(pipe, size, images), of_images[images])
+    for images in (1, max(batches)):
+        what = "image" if images == 1 else f"{images} images"
+        tasks[f"{what}, compiled"] = Task(draw(compiled, size, images), of_images[images])
+    tasks["training step"] = Task(train(pipe, size), training_products(config, size))
+    return tasks
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line, measure, print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--attn-implementation", default="sdpa", choices=["eager", "sdpa"])
-    parser.add_argument("--tiny", action="store_true", help="sizes that only show that the script runs")
+    parser.add_argument(
+        "--tiny", action="store_true", help="only shows that the script runs: small, and compiled graphs run eagerly"
+    )
     arguments = parser.parse_args(argv)
-    if arguments.repeats < 1:
-        parser.error(f"--repeats {arguments.repeats} must be at least 1")
+    if min(arguments.repeats, *arguments.batch_sizes) < 1:
+        parser.error("--repeats and --batch-sizes must be at least 1")
     torch.set_num_threads(arguments.threads)
 
     size = TINY if arguments.tiny else FULL
     config = small_config(*size.model, max_latent_size=size.side)
-    pipe = make_pipeline(config, vae_channels=(8, 8, 8, 8), vae_layers=1)
-    pipe.model.set_attn_implementation(arguments.attn_implementation)
-    products = {"image": image_products(config, size), "training step": training_products(config, size)}
-    tasks = {
-        "image": draw(pipe, size),
-        "image, products": multiply(products["image"]),
-        "training step": train(pipe, size),
-        "training step, products": multiply(products["training step"]),
-    }
-    seconds = interleave(tasks, arguments.repeats)
+    pipe, compiled = (make_pipeline(config, vae_channels=(8, 8, 8, 8), vae_layers=1) for _ in range(2))
+    for one in (pipe, compiled):
+        one.set_attention_backend(arguments.attn_implementation)
+    compiled.compile(backend="eager" if arguments.tiny else "inductor")
+    tasks = measured(pipe, compiled, size, sorted({1, *arguments.batch_sizes}))
+    runs = {name: task.run for name, task in tasks.items()}
+    bare = {f"{flops(task.products)} products": multiply(task.products, size.model[1]) for task in tasks.values()}
+    seconds = interleave({**runs, **bare}, arguments.repeats)
 
     print(f"{size}")
     print(
@@ -157,11 +219,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         "| | GFLOP | seconds, minimum | seconds, median | bare products, minimum | median | ratio, minimum | median |"
     )
     print("|---|---|---|---|---|---|---|---|")
-    for name, needed in products.items():
-        whole, bare = seconds[name], seconds[f"{name}, products"]
-        figures = [min(whole), statistics.median(whole), min(bare), statistics.median(bare)]
+    for name, task in tasks.items():
+        whole, needed = seconds[name], seconds[f"{flops(task.products)} products"]
+        figures = [min(whole), statistics.median(whole), min(needed), statistics.median(needed)]
         figures += [figures[0] / figures[2], figures[1] / figures[3]]
-        print(f"| {name} | {flops(needed) / 1e9:.4g} | " + " | ".join(f"{figure:.3g}" for figure in figures) + " |")
+        print(
+            f"| {name} | {flops(task.products) / 1e9:.4g} | "
+            + " | ".join(f"{figure:.3g}" for figure in figures)
+            + " |"
+        )
 
 
 if __name__ == "__main__":

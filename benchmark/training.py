@@ -95,7 +95,7 @@ def measure_steps(pipe: Echo4oPipeline, size: Size, repeats: int) -> list[Row]:
     tasks: dict[str, Callable[[], object]] = {}
     for method in METHODS:
         tasks[method] = train(make_model(pipe, method), batch)
-        tasks[f"{method}, products"] = multiply(products[method])
+        tasks[f"{method}, products"] = multiply(products[method], size.model[1])
     seconds = interleave(tasks, repeats)
     tokens = batch["segment_ids"].numel()
     rows = [("", "GFLOP", "tokens per second, median", "best", "seconds, median", "bare products", "ratio", "least")]

@@ -26,9 +26,10 @@ def script(monkeypatch):
 
 
 def test_inference_prints_ratios_to_bare_products(script, capsys):
-    script("inference").main(["--tiny", "--repeats", "2", "--threads", "1"])
+    script("inference").main(["--tiny", "--repeats", "2", "--threads", "1", "--batch-sizes", "2"])
     printed = capsys.readouterr().out
-    for name in ("image", "training step"):
+    ways = ("image, plain", "image, packed", "2 images, packed", "image, compiled", "2 images, compiled")
+    for name in (*ways, "training step"):
         (row,) = re.findall(rf"^\| {name} \| (.+) \|$", printed, re.MULTILINE)
         _, seconds, median, bare, bare_median, ratio, ratio_median = map(float, row.split(" | "))
         assert 0 < seconds <= median and 0 < bare <= bare_median
@@ -46,6 +47,17 @@ def test_the_image_is_41_evaluations(script):
     layer.register_forward_pre_hook(lambda _, streams: shapes.append([x.shape[:2] for x in streams]))
     inference.draw(pipe, size)()
     assert shapes == [[(1, 24), (1, 0)]] + [[(2, 2), (2, 256)]] * 20
+
+
+def test_the_plain_path_draws_the_same_image(script):
+    inference, random_model = script("inference"), script("random_model")
+    config = random_model.small_config(*inference.TINY.model, max_latent_size=inference.TINY.side)
+    pipe = random_model.make_pipeline(config, vae_channels=(8, 8, 8, 8), vae_layers=1)
+    drawn = []
+    for run in (inference.draw(pipe, inference.TINY), inference.draw_plain(pipe, inference.TINY)):
+        torch.manual_seed(0)
+        drawn.append(run())
+    torch.testing.assert_close(drawn[0].images, drawn[1])
 
 
 def test_products_are_those_of_the_model(script):
