@@ -25,6 +25,7 @@ import torch
 import transformers
 from random_model import flops, forward_products, make_pipeline, prompt, small_config, training_pack
 from torch._dynamo.utils import counters
+from torch.profiler import ProfilerActivity, profile
 
 from echo4o_hf.model.configuration_bagel import BagelConfig
 from echo4o_hf.pipeline.pipeline_echo4o import Echo4oPipeline
@@ -102,6 +103,27 @@ def draw(pipe: Echo4oPipeline, size: Size) -> Iterator[Record]:
         }
 
 
+def draw_profiled(pipe: Echo4oPipeline, size: Size) -> Iterator[Record]:
+    """Where the time of guided updates goes: the operations that take most of it, and their shares."""
+    pixels = size.side * size.config.latent_stride
+    on_gpu = pipe.model.device.type == "cuda"
+    activities = [ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]
+
+    def run() -> None:
+        pipe(prompt(size.prompt), height=pixels, width=pixels, num_inference_steps=3, output_type="latent")
+        now(pipe.model.device)
+
+    run()
+    with profile(activities=activities) as profiled:
+        run()
+    seconds = {
+        event.key: (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e6
+        for event in profiled.key_averages()
+    }
+    for name in sorted(seconds, key=lambda name: -seconds[name])[:12]:
+        yield {"operation": name[:120], "seconds": seconds[name], "share": seconds[name] / sum(seconds.values())}
+
+
 def draw_compiled(pipe: Echo4oPipeline, size: Size) -> Iterator[Record]:
     """As `draw`, with every decoder layer compiled."""
     pipe.compile(backend=size.compiler)
@@ -153,6 +175,7 @@ def train_flex(pipe: Echo4oPipeline, size: Size) -> Iterator[Record]:
 Section = Callable[[Echo4oPipeline, Size], Iterator[Record]]
 SECTIONS: dict[str, Section] = {
     "image": draw,
+    "image-profile": draw_profiled,
     "train": lambda pipe, size: train(pipe, size, "sdpa"),
     "train-flex": train_flex,
     "image-compiled": draw_compiled,  # last: the layers stay compiled

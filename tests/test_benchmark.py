@@ -123,9 +123,9 @@ def test_gpu_measures_every_section(script, tmp_path, capsys, device):
     lines = output.read_text().splitlines()
     assert lines == capsys.readouterr().out.splitlines()
     records = [json.loads(line) for line in lines]
-    sections = ["load", "image", "train", "train-flex", "image-compiled"]
+    sections = ["load", "image", "image-profile", "train", "train-flex", "image-compiled"]
     assert list(dict.fromkeys(record["section"] for record in records)) == sections
-    figures = {"image": "seconds", "image-compiled": "graphs", "train": "tokens_per_second"}
+    figures = {"image": "seconds", "image-profile": "share", "image-compiled": "graphs", "train": "tokens_per_second"}
     for section, figure in figures.items():
         assert all(record[figure] > 0 for record in records if record["section"] == section)
 
