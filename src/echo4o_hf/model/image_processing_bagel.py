@@ -156,9 +156,9 @@ def to_rgb(image: ImageLike) -> Image.Image:
             white = Image.new("RGBA", image.size, "white")
             return Image.alpha_composite(white, image).convert("RGB")
         return image.convert("RGB")
-    except (OSError, SyntaxError) as error:  # PIL decodes late; a broken PNG raises SyntaxError
+    except (OSError, SyntaxError, ValueError) as error:  # PIL decodes late; a broken PNG raises SyntaxError
         name = getattr(image, "filename", "") or "the image"
-        raise ValueError(f"{name} does not decode: {error}") from error
+        raise ValueError(f"{name} (mode {image.mode}) does not decode: {error}") from error
 
 
 def _read(path: str | os.PathLike[str]) -> Image.Image:
@@ -168,7 +168,7 @@ def _read(path: str | os.PathLike[str]) -> Image.Image:
             return ImageOps.exif_transpose(image)
     except FileNotFoundError as error:
         raise ValueError(f"there is no image at {os.fspath(path)!r}") from error
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError) as error:
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
         raise ValueError(f"{os.fspath(path)!r} does not decode as an image: {error}") from error
 
 

@@ -80,6 +80,8 @@ class BagelProcessor(ProcessorMixin):
             raise ValueError(f"a prompt must be a string, got {type(text).__name__}: {text!r:.80}")
         if not text.strip():
             raise ValueError(f"a prompt must hold text, got {text!r}")
+        if any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise ValueError(f"a prompt must be valid Unicode, got half of a surrogate pair: {text!r:.80}")
         ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         limit = self.tokenizer.model_max_length
         if len(ids) + 2 > limit:

@@ -17,6 +17,8 @@ from typing import Literal, cast, get_args
 import torch
 from torch import Tensor
 
+from .arguments import MAX_GUIDANCE_SCALE, check_choice, check_number, is_number
+
 Renorm = Literal["global", "channel", "text_channel"]
 RENORMS: tuple[str, ...] = get_args(Renorm)
 
@@ -34,7 +36,8 @@ class Guidance:
         renorm_min: the factor of shrinking is not smaller.
 
     Raises:
-        ValueError: an unknown `renorm`, an interval whose end is before its start, `renorm_min` outside of [0, 1].
+        ValueError: an unknown `renorm`, an interval or a `renorm_min` outside of [0, 1], scales that are negative or
+            above `MAX_GUIDANCE_SCALE`.
     """
 
     text_scale: float
@@ -45,12 +48,14 @@ class Guidance:
 
     def __post_init__(self) -> None:
         """Check the values."""
-        if self.renorm not in RENORMS:
-            raise ValueError(f"guidance_renorm={self.renorm!r} is unknown; choose one of {', '.join(RENORMS)}")
-        if len(self.interval) != 2 or not self.interval[0] <= self.interval[1]:
-            raise ValueError(f"guidance_interval={self.interval} must be (start, end), start <= end")
-        if not 0 <= self.renorm_min <= 1:
-            raise ValueError(f"guidance_renorm_min={self.renorm_min} must be between 0 and 1")
+        check_number("guidance_scale", self.text_scale, 0, MAX_GUIDANCE_SCALE)
+        check_number("image_guidance_scale", self.image_scale, 0, MAX_GUIDANCE_SCALE)
+        check_choice("guidance_renorm", self.renorm, RENORMS)
+        interval: object = self.interval
+        in_range = isinstance(interval, tuple) and [is_number(bound, 0, 1) for bound in interval] == [True, True]
+        if not in_range or self.interval[0] > self.interval[1]:
+            raise ValueError(f"guidance_interval={interval!r:.80} must be (start, end) with 0 <= start <= end <= 1")
+        check_number("guidance_renorm_min", self.renorm_min, 0, 1)
 
     def is_active(self, timestep: Tensor) -> bool:
         """Whether guidance acts at a shifted timestep."""
@@ -77,10 +82,14 @@ def read_guidance(
     return Guidance(
         text_scale,
         default.image_scale if image_scale is None else image_scale,
-        default.interval if interval is None else cast(tuple[float, float], tuple(interval)),
+        default.interval if interval is None else cast(tuple[float, float], _as_tuple(interval)),
         default.renorm if renorm is None else cast(Renorm, renorm),
         renorm_min,
     )
+
+
+def _as_tuple(interval: Sequence[float]) -> Sequence[float]:
+    return tuple(interval) if isinstance(interval, list) else interval
 
 
 def guide(

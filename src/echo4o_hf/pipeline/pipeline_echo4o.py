@@ -26,6 +26,15 @@ from ..model.context import Context
 from ..model.modeling_bagel import BagelForConditionalGeneration
 from ..model.packing import Grid, Segment, patchify, unpatchify
 from ..model.processing_bagel import BagelProcessor
+from .arguments import (
+    check_callback,
+    check_choice,
+    check_count,
+    check_flag,
+    check_generator,
+    check_latents,
+    read_callback,
+)
 from .contexts import PromptContexts
 from .denoiser import Denoiser
 from .guidance import read_guidance
@@ -169,7 +178,7 @@ class Echo4oPipeline(LoraMixin, DiffusionPipeline):
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         latents: Tensor | None = None,
         output_type: str = "pil",
-        callback_on_step_end: Callable[[Any, int, Tensor, dict[str, Any]], dict[str, Any]] | None = None,
+        callback_on_step_end: Callable[[Any, int, Tensor, dict[str, Any]], dict[str, Any] | None] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ["latents"],  # noqa: B006 (diffusers' convention)
         return_dict: bool = True,
     ) -> Echo4oPipelineOutput | tuple[Any, ...]:
@@ -182,8 +191,9 @@ class Echo4oPipeline(LoraMixin, DiffusionPipeline):
             height: pixels, a multiple of `config.latent_stride`; by default that of the last reference after
                 resizing, or the largest that the model draws.
             width: likewise.
-            num_inference_steps: updates (the official `num_timesteps` counts one more).
-            guidance_scale: by text; 1 turns all guidance off.
+            num_inference_steps: updates (the official `num_timesteps` counts one more), at most the scheduler's
+                `num_train_timesteps`.
+            guidance_scale: by text; 1 or less turns all guidance off.
             image_guidance_scale: by references; None is 2.0 with references, 1.0 without.
             guidance_interval: timesteps at which guidance acts, open below and closed above; None is (0.0, 1.0) with
                 references, (0.4, 1.0) without.
@@ -205,6 +215,11 @@ class Echo4oPipeline(LoraMixin, DiffusionPipeline):
             ValueError: prompts, references, sizes or settings that cannot work, or numbers that are not finite.
         """
         # 1. Check the inputs.
+        for name, flag in (("thinking", thinking), ("return_dict", return_dict)):
+            check_flag(name, flag)
+        check_count("num_images_per_prompt", num_images_per_prompt)
+        if thinking:
+            check_count("max_think_tokens", max_think_tokens, advice=" with thinking=True")
         prompts = read_prompts(prompt, image, self.processor.image_processor.resize_for_latents)
         grids = [
             latent_grid(last_image(items), height, width, self.model.config)
@@ -221,6 +236,7 @@ class Echo4oPipeline(LoraMixin, DiffusionPipeline):
             generator,
             latents,
             output_type,
+            callback_on_step_end,
             callback_on_step_end_tensor_inputs,
         )
 
@@ -247,7 +263,7 @@ class Echo4oPipeline(LoraMixin, DiffusionPipeline):
                 latents = self.scheduler.step(velocity, timestep, latents, return_dict=False)[0]
                 if callback_on_step_end is not None:
                     tensors = {name: latents for name in callback_on_step_end_tensor_inputs}
-                    latents = callback_on_step_end(self, step, timestep, tensors).get("latents", latents)
+                    latents = read_callback(callback_on_step_end(self, step, timestep, tensors), latents)
                 finite_until += latents.isfinite().all(dim=2).all(dim=1)
                 steps_done += 1
                 progress_bar.update()
@@ -283,6 +299,7 @@ class Echo4oPipeline(LoraMixin, DiffusionPipeline):
         generator: torch.Generator | Sequence[torch.Generator] | None,
         latents: Tensor | None,
         output_type: str,
+        callback: Callable[..., Any] | None,
         tensor_inputs: Sequence[str],
     ) -> None:
         """Refuse what cannot work before anything is computed.
@@ -290,22 +307,12 @@ class Echo4oPipeline(LoraMixin, DiffusionPipeline):
         Raises:
             ValueError: with the value seen and what to do.
         """
-        if not grids:
-            raise ValueError("num_images_per_prompt must be at least 1")
-        if num_inference_steps < 1:
-            raise ValueError(f"num_inference_steps={num_inference_steps} must be at least 1")
-        if max_think_tokens is not None and max_think_tokens < 1:
-            raise ValueError(f"max_think_tokens={max_think_tokens} must be at least 1 with thinking=True")
-        if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"output_type={output_type!r} is unknown; choose one of {', '.join(OUTPUT_TYPES)}")
-        unknown = sorted(set(tensor_inputs) - set(self._callback_tensor_inputs))
-        if unknown:
-            raise ValueError(f"callbacks get {', '.join(self._callback_tensor_inputs)}, not {', '.join(unknown)}")
-        if isinstance(generator, (list, tuple)) and len(generator) != len(grids):
-            raise ValueError(f"{len(generator)} generators for {len(grids)} images; pass one, or one per image")
-        shape = (len(grids), max(rows * columns for rows, columns in grids), self.model.config.latent_dim)
-        if latents is not None and tuple(latents.shape) != shape:
-            raise ValueError(f"latents have shape {tuple(latents.shape)}, expected (images, tokens, values) = {shape}")
+        check_count("num_inference_steps", num_inference_steps, self.scheduler.config.num_train_timesteps)
+        check_choice("output_type", output_type, OUTPUT_TYPES)
+        check_callback(callback, tensor_inputs, self._callback_tensor_inputs)
+        check_generator(generator, len(grids))
+        most_tokens = max(rows * columns for rows, columns in grids)
+        check_latents(latents, (len(grids), most_tokens, self.model.config.latent_dim))
         limit = self.model.config.text_config.max_position_embeddings  # type: ignore[union-attr]
         for index, items in enumerate(prompts):
             count = count_positions(items, self.processor, max_think_tokens)
@@ -407,8 +414,11 @@ class Echo4oPipeline(LoraMixin, DiffusionPipeline):
                 ).to(self._execution_device)
                 for (rows, columns), one in zip(grids, generators, strict=True)
             ]
-            latents = torch.nn.utils.rnn.pad_sequence(noise, batch_first=True)
-        return latents.to(self._execution_device, torch.float32)
+            return torch.nn.utils.rnn.pad_sequence(noise, batch_first=True)
+        latents = latents.to(self._execution_device, torch.float32)
+        lengths = torch.tensor([rows * columns for rows, columns in grids], device=latents.device)
+        real = torch.arange(latents.shape[1], device=latents.device) < lengths[:, None]  # (B, N)
+        return latents.masked_fill(~real[..., None], 0)
 
     def prepare_timesteps(self, num_inference_steps: int) -> Tensor:
         """The scheduler's timesteps, kept on the CPU so that no step waits for the device: (steps,)."""

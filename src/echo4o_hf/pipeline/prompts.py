@@ -78,10 +78,10 @@ def latent_grid(reference: Image.Image | None, height: int | None, width: int | 
         side = otherwise if given is None else given
         if not isinstance(side, Integral):
             raise ValueError(f"{name}={side!r} must be a whole number of pixels")
-        nearest = min(max(round(side / stride), 1), most) * stride
+        nearest = min(max((int(side) + stride // 2) // stride, 1), most) * stride
         if side != nearest:
             raise ValueError(
-                f"{name}={side} cannot be drawn: sides are multiples of {stride} up to {most * stride}; "
+                f"{name}={side!r:.80} cannot be drawn: sides are multiples of {stride} up to {most * stride}; "
                 f"the nearest is {nearest}"
             )
         tokens.append(nearest // stride)
