@@ -46,7 +46,7 @@ setup(
         "jinja2>=3.1.6",
         "markupsafe>=3.0",
         "numpy>=2.4",
-        "pillow>=13.0",
+        "pillow>=12.3",
         "pyarrow>=26.0",
         "safetensors>=0.8",
         "scipy>=1.17",
@@ -56,6 +56,10 @@ setup(
         "transformers>=5.23",
     ],
     extras_require={
+        # echo4o app
+        "app": [
+            "gradio>=6.31",
+        ],
         # echo4o data overlap, and export webdataset
         "data": [
             "datasketch>=2.0",
@@ -81,11 +85,13 @@ setup(
             "bitsandbytes>=0.50.2",
             "datasketch>=2.0",
             "fastapi>=0.165",
+            "gradio>=6.31",
             "httpx2>=2.16.2",
             "hypothesis>=6.170",
             "mypy>=2.4",
             "openai>=3.54",
             "peft>=0.21.2",
+            "playwright>=1.65",
             "pytest>=9.2",
             "pytest-xdist>=3.8",
             "pyyaml>=6.0.3",

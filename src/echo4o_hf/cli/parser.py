@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from .. import __version__
+from .app import APP
 from .command import Command, Group
 from .convert import CONVERT
 from .data import DATA
@@ -17,7 +18,7 @@ from .hub import HUB
 from .report import REPORT
 from .train import TRAIN
 
-COMMANDS = (DEMO, GENERATE, CONVERT, DATA, TRAIN, EVALUATE, REPORT, INSTALL_METRICS, HUB)
+COMMANDS = (DEMO, GENERATE, APP, CONVERT, DATA, TRAIN, EVALUATE, REPORT, INSTALL_METRICS, HUB)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -51,9 +52,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args.run(args)
     except (ValueError, OSError, ImportError) as error:
-        print(f"echo4o: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return _failed(error)
+    except (RuntimeError, MemoryError) as error:
+        from ..pipeline.memory import is_out_of_memory
+
+        if not is_out_of_memory(error):
+            raise
+        return _failed(error)
     except KeyboardInterrupt as stop:
         print(f"echo4o: {str(stop) or 'interrupted'}", file=sys.stderr)
         return 130
     return 0
+
+
+def _failed(error: Exception) -> int:
+    """Say in one line what is wrong, and what the notes of the error advise."""
+    print("echo4o: error:", " ".join(" ".join([str(error), *getattr(error, "__notes__", [])]).split()), file=sys.stderr)
+    return 2

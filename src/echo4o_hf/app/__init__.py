@@ -1,0 +1,1 @@
+"""The browser app: text-to-image, references, editing and questions about pictures."""

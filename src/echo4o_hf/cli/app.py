@@ -1,0 +1,64 @@
+"""`echo4o app`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from .command import DTYPES, Command
+
+
+def _app_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, help="folder, name on the Hub, or echo4o-miniature")
+    parser.add_argument(
+        "--lora",
+        type=Path,
+        action="append",
+        dest="loras",
+        metavar="FOLDER",
+        help="adapter to choose from, or folder of adapters; repeat it for several",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("pictures"),
+        metavar="DIR",
+        help="folder that the pictures are saved in (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 is all (default: %(default)s)"
+    )
+    parser.add_argument("--port", type=int, metavar="N", help="default: the first free one from 7860 on")
+    parser.add_argument("--share", action="store_true", help="also a public link, through Gradio's server")
+    parser.add_argument("--device", help="default: cuda where there is one, else cpu")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on cuda, else float32")
+    parser.add_argument("--compile", action="store_true", help="compile the layers; the first image of a kind waits")
+
+
+def _app(args: argparse.Namespace) -> None:
+    try:
+        import gradio as gr
+    except ModuleNotFoundError as error:
+        raise ImportError("echo4o app needs gradio: pip install 'echo4o-hf[app]'") from error
+    from ..app.page import CSS, THEME, Page
+    from ..app.studio import Studio, find_adapters
+    from ..pipeline.samples import Source
+    from .loading import device_and_dtype
+
+    adapters = find_adapters(args.loras or [])
+    device, dtype = device_and_dtype(args)
+    source = Source(args.model, dtype=dtype, device=device, compiled=args.compile)
+    blocks: gr.Blocks = Page(Studio(source, args.output, adapters)).build()
+    blocks.launch(
+        server_name=args.host,
+        server_port=args.port,
+        share=args.share,
+        theme=THEME,
+        css=CSS,
+        footer_links=["settings"],
+        run_history=False,
+        ssr_mode=False,
+    )
+
+
+APP = Command("app", "draw and ask in a browser", _app_arguments, _app)
