@@ -10,6 +10,7 @@ from torch import Tensor
 from ..model.context import NoisyBlock
 from ..model.modeling_bagel import BagelForConditionalGeneration
 from ..model.packing import Grid
+from .caching import StepCache
 from .contexts import PromptContexts
 from .guidance import Guidance, guide
 
@@ -27,6 +28,7 @@ class Denoiser:
         owners: the prompt of each image.
         grids: rows and columns of each image, in tokens.
         guidances: of each prompt.
+        cache: forecasts the velocities of some updates; None evaluates all.
     """
 
     def __init__(
@@ -36,6 +38,7 @@ class Denoiser:
         owners: Sequence[int],
         grids: Sequence[Grid],
         guidances: Sequence[Guidance],
+        cache: StepCache | None = None,
     ) -> None:
         """See the class."""
         self.model = model
@@ -43,6 +46,7 @@ class Denoiser:
         self.owners = owners
         self.grids = grids
         self.guidances = [guidances[owner] for owner in owners]  # of each image
+        self.cache = cache
         self._prepared: tuple[tuple[Rows, Rows], NoisyBlock] | None = None
         lengths = torch.tensor([rows * columns for rows, columns in grids])
         self._mask = torch.arange(int(lengths.max())) < lengths[:, None]  # (B, N)
@@ -64,10 +68,7 @@ class Denoiser:
             for row in active
             if self.contexts.images_differ[self.owners[row]] and self.guidances[row].image_scale > 1
         )
-        rows = [*images, *text_rows, *image_rows]
-        block = self._prepare(text_rows, image_rows)
-        of_rows = latents if len(rows) == len(images) else latents[rows]
-        velocities = self.model.predict_velocity(of_rows, timestep.to(latents.device).expand(len(rows)), block)
+        velocities = self._velocities(latents, timestep, text_rows, image_rows)
         velocity, of_text, of_images = velocities.split([len(images), len(text_rows), len(image_rows)])
 
         without_text, without_images = _replaced(velocity, text_rows, of_text), velocity
@@ -86,6 +87,22 @@ class Denoiser:
             )
             guided = _replaced(guided, chosen, of_chosen)
         return guided if mask is None else guided.masked_fill(~mask[..., None], 0)
+
+    def _velocities(self, latents: Tensor, timestep: Tensor, text_rows: Rows, image_rows: Rows) -> Tensor:
+        """Of the images, then of the rows without text and without images: (rows, N, D)."""
+        images = range(len(self.owners))
+        rows = [*images, *text_rows, *image_rows]
+
+        def evaluate() -> Tensor:
+            block = self._prepare(text_rows, image_rows)
+            of_rows = latents if len(rows) == len(images) else latents[rows]
+            return self.model.predict_velocity(of_rows, timestep.to(latents.device).expand(len(rows)), block)
+
+        if self.cache is None:
+            return evaluate()
+        branches = [("conditional", row) for row in images]
+        branches += [("without_text", row) for row in text_rows] + [("without_images", row) for row in image_rows]
+        return self.cache(branches, evaluate)
 
     def _prepare(self, text_rows: Rows, image_rows: Rows) -> NoisyBlock:
         """What the model needs for these rows; kept until others are asked for."""

@@ -35,6 +35,7 @@ from .arguments import (
     check_latents,
     read_callback,
 )
+from .caching import StepCacheMixin
 from .contexts import PromptContexts
 from .denoiser import Denoiser
 from .guidance import read_guidance
@@ -59,7 +60,7 @@ class Echo4oPipelineOutput(BaseOutput):
     texts: list[str] | None
 
 
-class Echo4oPipeline(LoraMixin, DiffusionPipeline):
+class Echo4oPipeline(LoraMixin, StepCacheMixin, DiffusionPipeline):
     """Text-to-image, references, editing and thinking.
 
     Args:
@@ -252,7 +253,7 @@ class Echo4oPipeline(LoraMixin, DiffusionPipeline):
 
         # 5. Integrate the velocity from noise to data.
         owners = [index // num_images_per_prompt for index in range(len(grids))]  # the prompt of each image
-        denoiser = Denoiser(self.model, contexts, owners, grids, guidances)
+        denoiser = Denoiser(self.model, contexts, owners, grids, guidances, self._new_step_cache())
         finite_until = torch.zeros(len(grids), dtype=torch.long, device=latents.device)  # read once, at the end
         self._interrupt, steps_done = False, 0
         with self.progress_bar(total=len(timesteps)) as progress_bar:
