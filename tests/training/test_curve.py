@@ -10,7 +10,7 @@ def rows_of(picture, color: str) -> np.ndarray:
     """The mean height of a line in each column where it is, in pixels."""
     pixels = np.asarray(picture).astype(int)
     match = np.abs(pixels - ImageColor.getrgb(color)).sum(-1) < 60
-    match[: 40 * SCALE] = False  # the legend
+    match[-25 * SCALE :] = False  # the names
     return np.array([np.flatnonzero(column).mean() for column in match.T if column.any()])
 
 

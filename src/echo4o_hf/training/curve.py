@@ -48,11 +48,13 @@ def curve_picture(series: Sequence[Mapping[str, Any]], y_label: str) -> Image.Im
     line([(left, bottom), (right, bottom)], INK, 1)
     text((left + right) / 2, where["height"] - 6, "step", "md")
     text(left + 4, top, y_label, "la")
+    end = float(right)  # of the next name: below, where no line passes
     for place, drawn in enumerate(where["lines"]):
         color = COLORS[place % len(COLORS)]
         points = [(float(x), float(y)) for x, y in (point.split(",") for point in drawn["points"].split())]
         line(points, color, 1.75)
         for x, y in points if len(points) < 40 else ():
             draw.ellipse([(x - 2.5) * unit, (y - 2.5) * unit, (x + 2.5) * unit, (y + 2.5) * unit], color)
-        text(right - 4, top + 16 * place, drawn["name"], "ra", color)
+        text(end, where["height"] - 6, drawn["name"], "rd", color)
+        end -= font.getlength(drawn["name"]) / unit + FONT_SIZE
     return picture.reduce(SMOOTHING)
