@@ -47,11 +47,13 @@ def test_generate_writes_a_picture_with_its_settings(tmp_path: Path, capsys: pyt
             "num_inference_steps": "3",
             "guidance_scale": "2.5",
             "image_guidance_scale": "None",
+            "guidance_interval": "None",
+            "guidance_renorm": "None",
+            "guidance_renorm_min": "0.0",
             "thinking": "False",
             "max_think_tokens": "1000",
             "dtype": "float32",
             "software": f"echo4o-hf {echo4o_hf.__version__}",
-            "index": "0",
         }
 
 
@@ -60,14 +62,6 @@ def test_the_seed_makes_the_picture(tmp_path: Path) -> None:
         assert generate(tmp_path / f"{name}.png", "--seed", seed) == 0
     a, b, c = (Image.open(tmp_path / f"{name}.png").tobytes() for name in "abc")
     assert a == b != c
-
-
-def test_several_pictures_get_an_index(tmp_path: Path) -> None:
-    assert generate(tmp_path / "out.png", "--num-images", "2", "--height", "32", "--width", "48") == 0
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out-0.png", "out-1.png"]
-    first, second = (Image.open(tmp_path / f"out-{index}.png") for index in range(2))
-    assert first.size == second.size == (48, 32)
-    assert first.tobytes() != second.tobytes()
 
 
 def test_references_change_the_picture(tmp_path: Path, reference: Path) -> None:
@@ -90,7 +84,11 @@ def test_thinking_prints_the_plan(tmp_path: Path, capsys: pytest.CaptureFixture[
         ({"options": ["--height", "33"]}, "height=33"),
         ({"options": ["--image", "missing.png"]}, "missing.png"),
         ({"options": ["--image", __file__]}, "test_cli.py"),
-        ({"options": ["--num-images", "0"]}, "num_images_per_prompt must be at least 1"),
+        ({"options": ["--seed", "-1"]}, "a seed must be a whole number from 0 to"),
+        ({"options": ["--lora", "no-such-adapter"]}, "no-such-adapter"),
+        ({"options": ["--grid", "grid.png"]}, "--grid goes with --prompts or --seeds"),
+        ({"options": ["--batch-size", "2"]}, "--batch-size goes with --prompts, --seeds or --benchmark"),
+        ({"options": ["--guidance-interval", "1", "0"]}, "guidance_interval"),
         ({"options": ["--device", "abacus"]}, "'abacus'"),
         ({"output": "out.jpg"}, "OUT must end in .png, got"),
     ],
@@ -117,11 +115,11 @@ def test_ctrl_c_exits_with_130_and_writes_nothing(tmp_path: Path) -> None:
     # a shell's background job ignores SIGINT, and so would what it starts
     listen = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
     command = [sys.executable, "-c", f"{listen}; import sys; from echo4o_hf.cli import main; sys.exit(main())"]
-    options = ["generate", PROMPT, "--model", MODEL, "-o", str(tmp_path / "out.png"), "--steps", "100000"]
+    options = ["generate", PROMPT, "--model", MODEL, "-o", str(tmp_path / "out.png"), "--steps", "1000"]
     with subprocess.Popen([*command, *options], stderr=subprocess.PIPE) as process:
         assert process.stderr
         seen = b""
-        while b"0/100000" not in seen:  # the loop over the steps has begun
+        while b"0/1000" not in seen:  # the loop over the steps has begun
             seen += process.stderr.read(1)
         process.send_signal(signal.SIGINT)
         assert process.stderr.read().endswith(b"echo4o: interrupted\n")
@@ -312,7 +310,7 @@ def test_generate_a_benchmark_and_evaluate_it(tmp_path: Path, capsys: pytest.Cap
         (["--pipeline-argument", "guidance=3"], "Echo4oPipeline takes no guidance; did you mean guidance_"),
         (["--pipeline-argument", "num_inference_steps=3"], "num_inference_steps is given twice: 2 and 3"),
         (["--image", "a.png"], "--image goes with PROMPT, not with --benchmark"),
-        (["--num-images", "2"], "--num-images goes with PROMPT, not with --benchmark"),
+        (["--seeds", "0-2"], "--seeds goes with PROMPT or --prompts, not with --benchmark"),
         (["--batch-size", "0"], "batch_size=0 must be at least 1"),
         (["--items", "missing.jsonl"], "missing.jsonl"),
     ],

@@ -17,6 +17,7 @@ from echo4o_hf.pipeline.pipeline_echo4o import Echo4oPipeline
 from echo4o_hf.pipeline.records import read_record
 from echo4o_hf.pipeline.samples import (
     Drawn,
+    Source,
     draw_samples,
     find_pipeline_class,
     noise_seed,
@@ -84,8 +85,8 @@ def test_pictures_do_not_depend_on_the_batch_or_the_order(model: str, tmp_path: 
     backwards = dict(reversed(PROMPTS.items()))
     for name, size, prompts in (("1", 1, PROMPTS), ("3", 3, PROMPTS), ("8", 8, PROMPTS), ("back", 3, backwards)):
         # In float64, for in float32 the size of the batch shows in the last digit.
-        options = {"batch_size": size, "samples_per_prompt": 2, "arguments": FAST, "dtype": "float64"}
-        assert draw_samples(model, prompts, tmp_path / name, **options) == Drawn(8, 0)
+        options = {"batch_size": size, "samples_per_prompt": 2, "arguments": FAST}
+        assert draw_samples(Source(model, "float64"), prompts, tmp_path / name, **options) == Drawn(8, 0)
     first = pixels(tmp_path / "1")
     assert sorted(first) == sorted(f"{number}_{sample}.png" for number in PROMPTS for sample in (0, 1))
     assert len(set(first.values())) == 8
@@ -93,9 +94,9 @@ def test_pictures_do_not_depend_on_the_batch_or_the_order(model: str, tmp_path: 
 
 
 def test_one_at_a_time_the_order_changes_not_a_bit(model: str, tmp_path: Path) -> None:
-    draw_samples(model, PROMPTS, tmp_path / "a", arguments=FAST)
-    draw_samples(model, {7: "a cat"}, tmp_path / "b", arguments=FAST)
-    draw_samples(model, {7: "a cat"}, tmp_path / "c", arguments=FAST, seed=1)
+    draw_samples(Source(model), PROMPTS, tmp_path / "a", arguments=FAST)
+    draw_samples(Source(model), {7: "a cat"}, tmp_path / "b", arguments=FAST)
+    draw_samples(Source(model), {7: "a cat"}, tmp_path / "c", arguments=FAST, seed=1)
     a, b, c = (pixels(tmp_path / name)["7_0.png"] for name in "abc")
     assert a == b != c
 
@@ -107,7 +108,7 @@ def test_seeds_of_noise_never_change() -> None:
 
 def test_each_picture_says_what_it_is(model: str, tmp_path: Path) -> None:
     folder = tmp_path / "new" / "out"
-    draw_samples(model, {3: "a red cat", 12: "ein Hütchen, 帽子"}, folder, seed=5, arguments=FAST)
+    draw_samples(Source(model), {3: "a red cat", 12: "ein Hütchen, 帽子"}, folder, seed=5, arguments=FAST)
     first, second = lines(folder)
     assert (first["file_name"], second["file_name"]) == ("3_0.png", "12_0.png")
     assert second["prompt"] == "ein Hütchen, 帽子" and (second["number"], second["sample"]) == (12, 0)
@@ -123,32 +124,36 @@ def test_each_picture_says_what_it_is(model: str, tmp_path: Path) -> None:
 
 
 def test_plans_are_kept(model: str, tmp_path: Path) -> None:
-    draw_samples(model, {0: "a cat"}, tmp_path / "out", arguments={**FAST, "thinking": True, "max_think_tokens": 3})
+    draw_samples(
+        Source(model), {0: "a cat"}, tmp_path / "out", arguments={**FAST, "thinking": True, "max_think_tokens": 3}
+    )
     (line,) = lines(tmp_path / "out")
     assert isinstance(line["plan"], str)
 
 
 def test_what_is_there_stays_and_halves_are_drawn_anew(model: str, tmp_path: Path) -> None:
     folder = tmp_path / "out"
-    draw_samples(model, PROMPTS, folder, arguments=FAST)
+    draw_samples(Source(model), PROMPTS, folder, arguments=FAST)
     before = pixels(folder)
     half = (folder / "0_0.png").read_bytes()
     for name, kept in (("0_0.png", len(half) // 2), ("1_0.png", -12), ("7_0.png", 0)):
         (folder / name).write_bytes((folder / name).read_bytes()[:kept])
     whole = (folder / "12_0.png").stat()
     (folder / "metadata.jsonl").unlink()
-    assert draw_samples(model, PROMPTS, folder, arguments=FAST) == Drawn(3, 1)
+    assert draw_samples(Source(model), PROMPTS, folder, arguments=FAST) == Drawn(3, 1)
     assert pixels(folder) == before and (folder / "12_0.png").stat() == whole
-    assert draw_samples(model, PROMPTS, folder, arguments=FAST, samples_per_prompt=2, batch_size=4) == Drawn(4, 4)
+    assert draw_samples(Source(model), PROMPTS, folder, arguments=FAST, samples_per_prompt=2, batch_size=4) == Drawn(
+        4, 4
+    )
     assert [line["file_name"] for line in lines(folder)] == [f"{i}_{k}.png" for i in PROMPTS for k in (0, 1)]
     assert {path.suffix for path in folder.iterdir() if not path.name.startswith(".")} == {".png", ".jsonl"}
 
 
 def test_nothing_missing_loads_nothing(model: str, tmp_path: Path) -> None:
-    draw_samples(model, {0: "a cat"}, tmp_path / "out", arguments=FAST)
+    draw_samples(Source(model), {0: "a cat"}, tmp_path / "out", arguments=FAST)
     for weights in Path(model).rglob("*.safetensors"):
         weights.unlink()
-    assert draw_samples(model, {0: "a cat"}, tmp_path / "out", arguments=FAST) == Drawn(0, 1)
+    assert draw_samples(Source(model), {0: "a cat"}, tmp_path / "out", arguments=FAST) == Drawn(0, 1)
 
 
 @pytest.mark.parametrize(
@@ -162,11 +167,12 @@ def test_nothing_missing_loads_nothing(model: str, tmp_path: Path) -> None:
     ],
 )
 def test_pictures_of_other_settings_are_never_mixed(change: dict, message: str, model: str, tmp_path: Path) -> None:
-    given = {"model": model, "prompts": {0: "a cat"}, "folder": tmp_path / "out", "arguments": FAST}
-    draw_samples(**given)
+    change = dict(change)
+    given = {"prompts": {0: "a cat"}, "folder": tmp_path / "out", "arguments": FAST}
+    draw_samples(Source(model), **given)
     before = (tmp_path / "out" / "0_0.png").read_bytes()
     with pytest.raises(ValueError, match=f"0_0.png was drawn with {message}"):
-        draw_samples(**{**given, **change})
+        draw_samples(Source(model, change.pop("dtype", "float32")), **{**given, **change})
     assert (tmp_path / "out" / "0_0.png").read_bytes() == before
 
 
@@ -175,14 +181,14 @@ def test_pictures_of_others_are_left_alone(model: str, tmp_path: Path) -> None:
     text.add_text("prompt", "a cat")
     Image.new("RGB", (8, 8)).save(tmp_path / "0_0.png", pnginfo=text)
     with pytest.raises(ValueError, match="0_0.png was not drawn by this command"):
-        draw_samples(model, {0: "a cat"}, tmp_path, arguments=FAST)
-    draw_samples(model, {1: "a cat"}, tmp_path, arguments=FAST)
+        draw_samples(Source(model), {0: "a cat"}, tmp_path, arguments=FAST)
+    draw_samples(Source(model), {1: "a cat"}, tmp_path, arguments=FAST)
     assert [line["file_name"] for line in lines(tmp_path)] == ["1_0.png"]
 
 
 def test_a_failure_keeps_what_was_drawn(model: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="a prompt must hold text"):
-        draw_samples(model, {0: "a cat", 1: " "}, tmp_path / "out", arguments=FAST)
+        draw_samples(Source(model), {0: "a cat", 1: " "}, tmp_path / "out", arguments=FAST)
     assert [line["file_name"] for line in lines(tmp_path / "out")] == ["0_0.png"]
 
 
@@ -190,14 +196,14 @@ def test_a_pipeline_of_diffusers(stable_diffusion: str, tmp_path: Path) -> None:
     assert find_pipeline_class(stable_diffusion) is StableDiffusionPipeline
     for name, size in (("1", 1), ("4", 4)):
         arguments = {**FAST, "negative_prompt": "a hat", "eta": 1.0}  # eta: noise in every step
-        options = {"batch_size": size, "dtype": "float64", "arguments": arguments}
-        assert draw_samples(stable_diffusion, PROMPTS, tmp_path / name, **options) == Drawn(4, 0)
+        options = {"batch_size": size, "arguments": arguments}
+        assert draw_samples(Source(stable_diffusion, "float64"), PROMPTS, tmp_path / name, **options) == Drawn(4, 0)
     first = pixels(tmp_path / "1")
     assert first == pixels(tmp_path / "4") and len(set(first.values())) == 4
     line = lines(tmp_path / "4")[1]
     assert line["pipeline"] == "StableDiffusionPipeline" and line["prompt"] == "two blue hats"
     assert line["parameters"]["negative_prompt"] == "a hat" and line["parameters"]["guidance_scale"] == 7.5
-    draw_samples(stable_diffusion, PROMPTS, tmp_path / "plain", dtype="float64", arguments=FAST)
+    draw_samples(Source(stable_diffusion, "float64"), PROMPTS, tmp_path / "plain", arguments=FAST)
     assert pixels(tmp_path / "plain") != first
 
 
@@ -227,7 +233,7 @@ def test_classes_that_cannot_draw_prompts(tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", ["samples_per_prompt", "batch_size"])
 def test_numbers_below_one(number: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"{number}=0 must be at least 1"):
-        draw_samples("echo4o-miniature", PROMPTS, tmp_path / "out", **{number: 0})
+        draw_samples(Source("echo4o-miniature"), PROMPTS, tmp_path / "out", **{number: 0})
     assert not list(tmp_path.iterdir())
 
 
@@ -238,7 +244,7 @@ def test_two_processes_draw_what_one_draws(model: str, tmp_path: Path) -> None:
         {"tag": "counting", "prompt": prompt, "include": [{"class": "cat", "count": 1}]} for prompt in PROMPTS.values()
     ]
     items.write_text("".join(json.dumps(row) + "\n" for row in rows[:3]))
-    draw_samples(model, {i: row["prompt"] for i, row in enumerate(rows[:3])}, tmp_path / "one", arguments=FAST)
+    draw_samples(Source(model), {i: row["prompt"] for i, row in enumerate(rows[:3])}, tmp_path / "one", arguments=FAST)
     # accelerate starts several processes on CPUs alone only where it takes them for GPUs.
     launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
     launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]

@@ -128,22 +128,26 @@ class Source:
         Raises:
             ValueError: what only Echo-4o has is wanted of another pipeline.
         """
-        more = {
-            "lora": [[adapter, scale] for adapter, scale in self.loras],
-            "attention": self.attention,
-            "compiled": self.compiled,
-        }
-        given = {name: value for name, value in more.items() if value}
-        if given and pipeline_class is not Echo4oPipeline:
-            raise ValueError(f"{self.model} is a {pipeline_class.__name__}; only Echo-4o takes {', '.join(given)}")
+        extras = self.extras()
+        if extras and pipeline_class is not Echo4oPipeline:
+            raise ValueError(f"{self.model} is a {pipeline_class.__name__}; only Echo-4o takes {', '.join(extras)}")
         return {
             "model": str(self.model),
             "pipeline": pipeline_class.__name__,
             "dtype": self.dtype,
             "device": torch.device(self.device).type,
             "software": ", ".join(f"{name} {version(name)}" for name in SOFTWARE),
-            **given,
+            **extras,
         }
+
+    def extras(self) -> dict[str, Any]:
+        """Adapters, attention and compiling, those that there are."""
+        every = {
+            "lora": [[adapter, scale] for adapter, scale in self.loras],
+            "attention": self.attention,
+            "compiled": self.compiled,
+        }
+        return {name: value for name, value in every.items() if value}
 
 
 class Drawn(NamedTuple):
@@ -154,7 +158,7 @@ class Drawn(NamedTuple):
 
 
 def draw_samples(
-    model: str,
+    source: Source,
     prompts: Mapping[int, str],
     folder: Path,
     *,
@@ -162,19 +166,17 @@ def draw_samples(
     batch_size: int = 1,
     seed: int = 0,
     arguments: Mapping[str, Any] | None = None,
-    **source: Any,
 ) -> Drawn:
     """Draw several pictures of each prompt, those that are missing in a folder: see `draw_missing`.
 
     Args:
-        model: See `Source`.
+        source: What draws them.
         prompts: By their numbers.
         folder: Is made where it is missing.
         samples_per_prompt: Pictures of each prompt.
         batch_size: Pictures at the same time.
         seed: With number and sample, of the noise.
         arguments: Of the pipeline's call.
-        **source: Of `Source`: `dtype`, `device`, `loras`, `attention`, `compiled`.
     """
     if samples_per_prompt < 1:
         raise ValueError(f"samples_per_prompt={samples_per_prompt} must be at least 1")
@@ -183,7 +185,7 @@ def draw_samples(
         for number, prompt in prompts.items()
         for index in range(samples_per_prompt)
     ]
-    return draw_missing(samples, folder, Source(model, **source), batch_size)
+    return draw_missing(samples, folder, source, batch_size)
 
 
 def draw_missing(samples: Sequence[Sample], folder: Path, source: Source, batch_size: int = 1) -> Drawn:
@@ -199,6 +201,7 @@ def draw_missing(samples: Sequence[Sample], folder: Path, source: Source, batch_
         OSError: the checkpoint cannot be read, or a picture not be written.
         ValueError: a number below 1, an argument that the pipeline does not take, or a picture in `folder` that was
             drawn with other settings.
+        KeyboardInterrupt: with how many pictures there are; all of them are whole.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be at least 1")
@@ -209,16 +212,19 @@ def draw_missing(samples: Sequence[Sample], folder: Path, source: Source, batch_
     folder.mkdir(parents=True, exist_ok=True)
     with state.split_between_processes(list(samples)) as mine:
         missing = [sample for sample in mine if not is_drawn(folder / sample.file_name, records[sample.file_name])]
-    if missing:
-        pipeline = source.load(pipeline_class)
-        try:
+    try:
+        if missing:
+            pipeline = source.load(pipeline_class)
             with tqdm(total=len(missing), unit="picture", disable=not state.is_main_process) as bar:
                 for batch in _batches(missing, batch_size):
                     _draw(pipeline, batch, folder, records)
                     bar.update(len(batch))
-        finally:
-            write_metadata(folder)
-    else:
+    except KeyboardInterrupt:
+        there = sum((folder / name).exists() for name in records)
+        raise KeyboardInterrupt(
+            f"interrupted; {there} of {len(records)} pictures are in {folder}, and the same command goes on"
+        ) from None
+    finally:
         write_metadata(folder)
     return Drawn(len(missing), len(mine) - len(missing))
 

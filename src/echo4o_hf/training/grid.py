@@ -15,12 +15,13 @@ LINES = 6  # of a prompt, at most
 BACKGROUND, INK = "white", "black"
 
 
-def picture_grid(images: Sequence[Image.Image], prompts: Sequence[str]) -> Image.Image:
-    """Draw a grid of pictures with their prompts, up to four in a row.
+def picture_grid(images: Sequence[Image.Image], prompts: Sequence[str], columns: int = COLUMNS) -> Image.Image:
+    """Draw a grid of pictures with their prompts.
 
     Args:
         images: of any sizes.
         prompts: one for each.
+        columns: pictures in a row, at most.
 
     Raises:
         ValueError: there is no picture, or their numbers differ.
@@ -30,7 +31,7 @@ def picture_grid(images: Sequence[Image.Image], prompts: Sequence[str]) -> Image
     font = ImageFont.load_default(FONT_SIZE)
     side = min(max(SIDES[0], *(length for image in images for length in image.size)), SIDES[1])
     texts = [wrap(prompt, font, side) for prompt in prompts]
-    columns = min(COLUMNS, len(images))
+    columns = min(columns, len(images))
     rows = math.ceil(len(images) / columns)
     line_height = round(FONT_SIZE * 1.4)
     heights = [

@@ -1,0 +1,188 @@
+"""`echo4o generate` with many prompts and seeds: the same bits however they are drawn, stopped and gone on with."""
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from peft import LoraConfig
+from PIL import Image
+
+from echo4o_hf import Echo4oPipeline
+from echo4o_hf.cli import main
+
+MODEL = "echo4o-miniature"
+FAST = ("--model", MODEL, "--steps", "2", "--height", "32", "--width", "32")
+LINES = ("two red circles", "", {"prompt": "a blue star", "height": 48, "guidance_scale": 2}, "a green heart")
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    path = tmp_path / "prompts.txt"
+    path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in LINES))
+    return path
+
+
+@pytest.fixture
+def reference(tmp_path: Path) -> Path:
+    Image.new("RGB", (48, 32), "red").save(tmp_path / "red.png")
+    return tmp_path / "red.png"
+
+
+def generate(*arguments: object) -> int:
+    return main(["generate", *FAST, *map(str, arguments)])
+
+
+def pixels(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path)).astype(int)
+
+
+def lines(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def test_each_prompt_with_each_seed(prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, grid = tmp_path / "out", tmp_path / "grids" / "grid.png"
+    assert generate("--prompts", prompts, "--seeds", "0", "3-4", "-o", out, "--grid", grid) == 0
+    assert capsys.readouterr().out == f"9 drawn, 0 were there already\n{out}\n{grid}\n"
+    names = [f"{line}_{seed}.png" for line in (1, 3, 4) for seed in (0, 3, 4)]
+    assert [record["file_name"] for record in lines(out)] == names
+    third = lines(out)[4]
+    assert (third["prompt"], third["seed"], third["number"]) == ("a blue star", 3, 3)
+    assert third["parameters"]["height"] == 48 and third["parameters"]["guidance_scale"] == 2
+    assert third["parameters"]["width"] == 32 and third["parameters"]["guidance_renorm_min"] == 0.0
+    assert Image.open(out / "3_3.png").size == (32, 48)
+    cells = pixels(grid)  # of 256 pixels, with 8 between them
+    assert cells.shape[1] == 3 * 264 + 8
+    for column, seed in enumerate((0, 3, 4)):
+        cell = cells[8 : 8 + 256, 8 + 264 * column :][:, :256]
+        assert np.array_equal(cell[4::8, 4::8], pixels(out / f"1_{seed}.png"))
+
+
+def test_alone_or_among_others_the_bits_are_the_same(prompts: Path, tmp_path: Path) -> None:
+    out, alone = tmp_path / "out", tmp_path / "alone.png"
+    assert generate("--prompts", prompts, "--seeds", "0,3", "-o", out) == 0
+    assert generate("a green heart", "--seed", 3, "-o", alone) == 0
+    assert np.array_equal(pixels(alone), pixels(out / "4_3.png"))
+    assert not np.array_equal(pixels(alone), pixels(out / "4_0.png"))
+    before = {path.name: path.read_bytes() for path in out.glob("*.png")}
+    (out / "1_3.png").write_bytes(before["1_3.png"][:100])
+    (out / "4_0.png").unlink()
+    assert generate("--prompts", prompts, "--seeds", "0,3", "-o", out) == 0
+    assert {path.name: path.read_bytes() for path in out.glob("*.png")} == before
+    assert generate("--prompts", prompts, "--seeds", "0,3", "-o", tmp_path / "batches", "--batch-size", 4) == 0
+    for name in before:
+        assert np.abs(pixels(tmp_path / "batches" / name) - pixels(out / name)).max() <= 1
+
+
+def test_lines_with_references_and_seeds(reference: Path, tmp_path: Path) -> None:
+    path, out = tmp_path / "prompts.jsonl", tmp_path / "out"
+    rows = [{"prompt": "a star", "images": ["red.png"], "seed": 5}, {"prompt": "a star", "seed": 5}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ("--guidance-interval", "0.1", "0.9", "--guidance-renorm", "channel", "--image-guidance-scale", "1.5")
+    assert generate("--prompts", path, "-o", out, "--batch-size", 2, *options) == 0
+    first, second = lines(out)
+    assert (first["file_name"], second["file_name"]) == ("1_5.png", "2_5.png")
+    assert first["parameters"]["image"][0]["file"] == str(reference) and second["parameters"]["image"] is None
+    assert first["parameters"]["guidance_interval"] == [0.1, 0.9]
+    assert generate("a star", "--image", reference, "--seed", 5, "-o", tmp_path / "alone.png", *options) == 0
+    assert np.abs(pixels(tmp_path / "alone.png") - pixels(out / "1_5.png")).max() <= 1
+    Image.new("RGB", (48, 32), "blue").save(reference)
+    assert generate("--prompts", path, "-o", out, *options) == 2  # another picture is another drawing
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--seeds", "1", "1"), "--seeds names a seed twice: 1, 1"),
+        (("--seeds", "0-299", "--grid", "grid.png"), "--grid holds 256 pictures at most, these are 600"),
+        (("--grid", "grid.jpg"), "--grid must end in .png, got 'grid.jpg'"),
+        (("--grid", "out/1_0.png"), "--grid out/1_0.png is the name of a picture"),
+        (("--image", "a.png"), '--image goes with PROMPT; lines of --prompts have "images"'),
+        (("-o", "out.png"), "OUT must be a folder with --prompts or --seeds, got 'out.png'"),
+        (("--batch-size", "0"), "batch_size=0 must be at least 1"),
+        (("--attention", "telepathy"), "telepathy"),
+    ],
+)
+def test_mistakes(
+    options: tuple[str, ...], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("prompts.txt").write_text("a star\na heart\n")
+    assert generate("--prompts", "prompts.txt", "-o", "out", *options) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("echo4o: error: ") and message in last
+    assert not list(tmp_path.rglob("*.png"))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ({"prompt": "a heart", "height": 33}, "height=33"),
+        ({"prompt": "a heart", "images": ["missing.png"]}, "missing.png"),
+        ({"prompt": "a heart", "seed": 1}, "has a seed of its own"),
+        ({"prompt": "heart " * 600}, "positions, the model has 512"),
+    ],
+)
+def test_a_bad_line_is_found_before_the_model_is_loaded(
+    line: dict, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "prompts.txt").write_text(f"a star\n{json.dumps(line)}\n")
+    assert generate("--prompts", tmp_path / "prompts.txt", "-o", tmp_path / "out", "--seeds", "0", "1") == 2
+    output = capsys.readouterr().err
+    assert f"prompts.txt, line 2{' ' if 'seed' in line else ': '}" in output and message in output
+    assert "Loading weights" not in output and not (tmp_path / "out").exists()
+
+
+def test_adapters_and_attention(tmp_path: Path) -> None:
+    pipe = Echo4oPipeline.from_pretrained(MODEL)
+    pipe.model.add_adapter(LoraConfig(r=2, target_modules=["q_proj_moe_gen"], init_lora_weights=False), "it")
+    pipe.save_lora_weights(tmp_path / "lora", "it")
+    pictures = {}
+    for name, options in {
+        "plain": (),
+        "none": ("--lora", f"{tmp_path / 'lora'}=0"),
+        "all": ("--lora", tmp_path / "lora"),
+        "eager": ("--attention", "eager"),
+    }.items():
+        assert generate("a star", "--seeds", "0", "-o", tmp_path / name, *options) == 0
+        pictures[name] = pixels(tmp_path / name / "1_0.png")
+    assert np.array_equal(pictures["plain"], pictures["none"])
+    assert np.abs(pictures["plain"] - pictures["all"]).max() > 5
+    assert np.abs(pictures["plain"] - pictures["eager"]).max() <= 1
+    assert lines(tmp_path / "all")[0]["lora"] == [[str(tmp_path / "lora"), 1.0]]
+    assert lines(tmp_path / "eager")[0]["attention"] == "eager"
+    assert generate("a star", "--seeds", "0", "-o", tmp_path / "all") == 2  # drawn with an adapter, now without
+
+
+def test_after_ctrl_c_the_same_command_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    arguments = ["generate", "a star", *FAST, "--seeds", "0-199", "-o", str(out)]
+    # A job in the background of a shell ignores SIGINT, and so would what it starts.
+    listen = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    code = f"{listen}; import sys; from echo4o_hf.cli import main; sys.exit(main())"
+    command = [sys.executable, "-c", code, *arguments]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True) as process:
+        assert process.stderr
+        seen = b""
+        while b" 2/200" not in seen:  # the third is being drawn
+            seen += process.stderr.read(1)
+        process.send_signal(signal.SIGINT)
+        rest = process.stderr.read().decode()
+    assert process.returncode == 130
+    there = sorted(path.name for path in out.glob("*.png"))
+    assert 2 <= len(there) < 200
+    message = f"echo4o: interrupted; {len(there)} of 200 pictures are in {out}, and the same command goes on"
+    assert rest.splitlines()[-1] == message
+    assert {path.suffix for path in out.iterdir() if path.name != ".metadata.lock"} == {".png", ".jsonl"}
+    assert [record["file_name"] for record in lines(out)] == sorted(there, key=lambda name: int(name[2:-4]))
+    bits = {name: pixels(out / name) for name in there}  # all are whole
+    end = len(there)
+    assert generate("a star", "--seeds", f"0-{end}", "-o", out) == 0
+    assert capsys.readouterr().out.startswith(f"1 drawn, {end} were there already\n")
+    assert generate("a star", "--seed", end, "-o", tmp_path / "alone.png") == 0
+    assert np.array_equal(pixels(tmp_path / "alone.png"), pixels(out / f"1_{end}.png"))
+    assert all(np.array_equal(pixels(out / name), array) for name, array in bits.items())
