@@ -25,7 +25,7 @@ def seeds_of(text: str) -> list[int]:
     for part in text.split(","):
         first, dash, last = part.partition("-")
         if not first.isdecimal() or bool(dash) != last.isdecimal():
-            raise argparse.ArgumentTypeError(f"{text!r} is not like 0,1,2 or 0-3")
+            raise argparse.ArgumentTypeError(f"{text!r} is not like 7, 0,1,2 or 0-3")
         seeds += range(int(first), int(last or first) + 1)
     return seeds
 
@@ -60,7 +60,9 @@ def _generate_arguments(parser: argparse.ArgumentParser) -> None:
     )
     seeds = parser.add_mutually_exclusive_group()
     seeds.add_argument("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
-    seeds.add_argument("--seeds", type=seeds_of, metavar="LIST", help="a picture for each, such as 0,1,7 or 0-3")
+    seeds.add_argument(
+        "--seeds", type=seeds_of, nargs="+", metavar="N", help="a picture of each prompt for each: 0 1 7, or 0-3,7"
+    )
     parser.add_argument("--grid", type=Path, metavar="FILE", help="PNG of all pictures, a row per prompt")
     parser.add_argument("--batch-size", type=int, metavar="N", help="pictures at the same time (default: 1)")
     _pipeline_arguments(parser.add_argument_group("of the drawing; a line of --prompts may have its own"))
@@ -108,6 +110,7 @@ ONLY_WITH_A_BENCHMARK = ("items", "images_per_prompt", "pipeline_arguments")
 
 
 def _generate(args: argparse.Namespace) -> None:
+    args.seeds = None if args.seeds is None else [seed for some in args.seeds for seed in some]
     given = {name: getattr(args, name) for name in PIPELINE_OPTIONS if getattr(args, name) is not None}
     if args.benchmark:
         _refuse(args, ("image",), "goes with PROMPT, not with --benchmark")

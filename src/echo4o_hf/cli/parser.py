@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from .. import __version__
 from .app import APP
+from .chat import CHAT
 from .command import Command, Group
 from .convert import CONVERT
 from .data import DATA
@@ -18,7 +19,7 @@ from .hub import HUB
 from .report import REPORT
 from .train import TRAIN
 
-COMMANDS = (DEMO, GENERATE, APP, CONVERT, DATA, TRAIN, EVALUATE, REPORT, INSTALL_METRICS, HUB)
+COMMANDS = (DEMO, GENERATE, CHAT, APP, CONVERT, DATA, TRAIN, EVALUATE, REPORT, INSTALL_METRICS, HUB)
 
 
 def build_parser() -> argparse.ArgumentParser:
