@@ -24,6 +24,7 @@ from ..pipeline.records import JSON_TEXTS, save_png
 from ..pipeline.samples import Source, read_arguments, read_picture
 
 ADAPTER = "app"  # what the pipeline calls the adapter that was chosen
+NO_ADAPTER = "none"
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,11 @@ class Studio:
         config = self.pipeline.model.config.text_config
         return config.max_position_embeddings  # type: ignore[union-attr]
 
+    def find_adapter(self, name: str | None) -> str | None:
+        """Folder or Hub name of an adapter, of those to choose from or of others."""
+        name = (name or "").strip()
+        return None if name in ("", NO_ADAPTER) else self.adapters.get(name, name)
+
     def draw(self, drawing: Drawing, stop: Event, on_update: Callable[[int], None]) -> Drawn:
         """Draw, and save each image as a PNG that holds its settings.
 
@@ -122,8 +128,8 @@ class Studio:
         def after_update(pipeline: Any, step: int, timestep: Tensor, tensors: dict[str, Any]) -> dict[str, Any]:
             nonlocal num_updates
             num_updates = step + 1
-            pipeline._interrupt = stop.is_set()
             on_update(num_updates)
+            pipeline._interrupt = stop.is_set()
             return {}
 
         with self._lock:

@@ -37,10 +37,11 @@ def _app_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _app(args: argparse.Namespace) -> None:
     try:
-        import gradio as gr
+        from ..app.page import CSS, THEME, build_page
     except ModuleNotFoundError as error:
+        if error.name != "gradio":
+            raise
         raise ImportError("echo4o app needs gradio: pip install 'echo4o-hf[app]'") from error
-    from ..app.page import CSS, THEME, Page
     from ..app.studio import Studio, find_adapters
     from ..pipeline.samples import Source
     from .loading import device_and_dtype
@@ -48,8 +49,7 @@ def _app(args: argparse.Namespace) -> None:
     adapters = find_adapters(args.loras or [])
     device, dtype = device_and_dtype(args)
     source = Source(args.model, dtype=dtype, device=device, compiled=args.compile)
-    blocks: gr.Blocks = Page(Studio(source, args.output, adapters)).build()
-    blocks.launch(
+    build_page(Studio(source, args.output, adapters)).launch(
         server_name=args.host,
         server_port=args.port,
         share=args.share,
