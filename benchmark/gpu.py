@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 import transformers
+from diffusers import TaylorSeerCacheConfig
 from random_model import flops, forward_products, make_pipeline, prompt, small_config, training_pack
 from torch._dynamo.utils import counters
 from torch.profiler import ProfilerActivity, profile
@@ -124,6 +125,23 @@ def draw_profiled(pipe: Echo4oPipeline, size: Size) -> Iterator[Record]:
         yield {"operation": name[:120], "seconds": seconds[name], "share": seconds[name] / sum(seconds.values())}
 
 
+def draw_cached(pipe: Echo4oPipeline, size: Size) -> Iterator[Record]:
+    """As `draw`, with velocities forecast in between: `cache_interval` - 1 of as many updates."""
+    for interval in (2, 3, 5):
+        pipe.enable_cache(
+            TaylorSeerCacheConfig(
+                cache_interval=interval, disable_cache_before_step=1, taylor_factors_dtype=torch.float32
+            )
+        )
+        try:
+            for record in draw(pipe, size):
+                about_all = ("evaluations", "tflop_per_second")  # evaluated or not
+                kept = {name: value for name, value in record.items() if name not in about_all}
+                yield {"cache_interval": interval, **kept}
+        finally:
+            pipe.disable_cache()
+
+
 def draw_compiled(pipe: Echo4oPipeline, size: Size) -> Iterator[Record]:
     """As `draw`, with every decoder layer compiled."""
     pipe.compile(backend=size.compiler)
@@ -176,6 +194,7 @@ Section = Callable[[Echo4oPipeline, Size], Iterator[Record]]
 SECTIONS: dict[str, Section] = {
     "image": draw,
     "image-profile": draw_profiled,
+    "image-cached": draw_cached,
     "train": lambda pipe, size: train(pipe, size, "sdpa"),
     "train-flex": train_flex,
     "image-compiled": draw_compiled,  # last: the layers stay compiled

@@ -37,6 +37,25 @@ def test_inference_prints_ratios_to_bare_products(script, capsys):
         assert ratio_median == pytest.approx(median / bare_median, rel=0.02)
 
 
+def test_caching_prints_speed_and_quality(script, capsys):
+    caching = script("caching")
+    caching.main(["--tiny", "--updates", "6", "--repeats", "2", "--threads", "1"])
+    rows = [row.split(" | ") for row in re.findall(r"^\| (\w.+) \|$", capsys.readouterr().out, re.MULTILINE)]
+    quality = {name: list(map(float, figures)) for name, *figures in rows if len(figures) == 6}
+    evaluations = {name: figures[0] for name, figures in quality.items()}
+    assert evaluations["6 updates, exact"] == 11 and evaluations["interval 2"] == 6 == evaluations["3 updates, exact"]
+    assert quality["6 updates, exact"] == [11, 1, quality["6 updates, exact"][2], 0, 0, float("inf")]
+    for name, (_, faster, score, changed, distance, psnr) in quality.items():
+        assert faster > 0 and 0 <= score <= 1 and 0 <= changed <= 2
+        assert (distance > 0 and 0 < psnr < 100) or name == "6 updates, exact"
+
+    speed = {name: figures for name, *figures in rows if len(figures) == 5}
+    assert [float(figures[0]) for figures in speed.values()] == [8, 4, 4, 4]
+    for _, least, median, faster, quartiles in speed.values():
+        low, high = map(float, quartiles.split(" to "))
+        assert 0 < float(least) <= float(median) and low <= float(faster) <= high
+
+
 def test_the_image_is_41_evaluations(script):
     inference, random_model = script("inference"), script("random_model")
     size = inference.FULL
@@ -123,9 +142,15 @@ def test_gpu_measures_every_section(script, tmp_path, capsys, device):
     lines = output.read_text().splitlines()
     assert lines == capsys.readouterr().out.splitlines()
     records = [json.loads(line) for line in lines]
-    sections = ["load", "image", "image-profile", "train", "train-flex", "image-compiled"]
+    sections = ["load", "image", "image-profile", "image-cached", "train", "train-flex", "image-compiled"]
     assert list(dict.fromkeys(record["section"] for record in records)) == sections
-    figures = {"image": "seconds", "image-profile": "share", "image-compiled": "graphs", "train": "tokens_per_second"}
+    figures = {
+        "image": "seconds",
+        "image-profile": "share",
+        "image-cached": "seconds",
+        "image-compiled": "graphs",
+        "train": "tokens_per_second",
+    }
     for section, figure in figures.items():
         assert all(record[figure] > 0 for record in records if record["section"] == section)
 
