@@ -59,14 +59,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         if not is_out_of_memory(error):
             raise
-        return _failed(error)
+        return _failed(error, "out of memory: ")
     except KeyboardInterrupt as stop:
         print(f"echo4o: {str(stop) or 'interrupted'}", file=sys.stderr)
         return 130
     return 0
 
 
-def _failed(error: Exception) -> int:
+def _failed(error: Exception, prefix: str = "") -> int:
     """Say in one line what is wrong, and what the notes of the error advise."""
-    print("echo4o: error:", " ".join(" ".join([str(error), *getattr(error, "__notes__", [])]).split()), file=sys.stderr)
+    texts = [prefix, str(error), *getattr(error, "__notes__", [])]
+    print("echo4o: error:", " ".join(" ".join(texts).split()), file=sys.stderr)
     return 2

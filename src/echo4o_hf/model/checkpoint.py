@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 
     from .configuration_bagel import BagelConfig
+    from .modeling_bagel import BagelForConditionalGeneration
     from .processing_bagel import BagelProcessor
 
 __all__ = [
@@ -212,7 +213,10 @@ def load_components(
     revision: str | None = None,
     subfolder: str | None = None,
     device_map: Any = None,
+    max_memory: dict[int | str, int | str] | None = None,
+    offload_folder: str | os.PathLike[str] | None = None,
     quantization_config: Any = None,
+    attn_implementation: str | None = None,
     **hub_options: Any,
 ) -> dict[str, Any]:
     """`model`, `vae`, `scheduler` and `processor` of a checkpoint that has them all, in either layout.
@@ -222,13 +226,17 @@ def load_components(
         dtype: of model and VAE; None keeps those of the files.
         revision: as in `resolve`.
         subfolder: as in `resolve`.
-        device_map: for the model, as in transformers; the VAE goes to the model's device.
+        device_map: for the model, as in transformers; the VAE goes to the first that computes.
+        max_memory: of each device, for `device_map`, as in transformers.
+        offload_folder: for what `device_map` puts on "disk".
         quantization_config: for the model, transformers' or diffusers' `PipelineQuantizationConfig`.
+        attn_implementation: of the model, as in transformers.
         **hub_options: as in `resolve`.
 
     Raises:
         OSError: files are missing or damaged, or there is no network.
         ValueError: configuration and tensors do not fit, or weights are not finite.
+        ImportError: a package for the attention or the quantization is missing.
     """
     from diffusers.quantizers import PipelineQuantizationConfig
 
@@ -238,13 +246,25 @@ def load_components(
     if isinstance(quantization_config, PipelineQuantizationConfig):
         quantization_config = quantization_config._resolve_quant_config(is_diffusers=False, module_name="model")
     model = BagelForConditionalGeneration.from_pretrained(
-        component_folder(folder, "model"), dtype=dtype, device_map=device_map, quantization_config=quantization_config
+        component_folder(folder, "model"),
+        dtype=dtype,
+        device_map=device_map,
+        max_memory=max_memory,
+        offload_folder=offload_folder,
+        quantization_config=quantization_config,
+        attn_implementation=attn_implementation,
     )
     vae = load_autoencoder(folder, dtype)
     if device_map is not None:
-        vae.to(model.device)
+        vae.to(_main_device(model))
     processor = load_processor(folder, model.config)
     return {"model": model, "vae": vae, "scheduler": load_scheduler(folder), "processor": processor}
+
+
+def _main_device(model: BagelForConditionalGeneration) -> torch.device | str:
+    """The first device that holds weights and computes: what waits on the CPU or disk (meta) is brought there."""
+    devices = (weight.device for weight in model.parameters())
+    return next((device for device in devices if device.type not in ("cpu", "meta")), "cpu")
 
 
 def load_processor(folder: Path, config: BagelConfig) -> BagelProcessor:

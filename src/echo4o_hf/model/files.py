@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 Shapes: TypeAlias = dict[str, tuple[int, ...]]
 
@@ -134,7 +135,10 @@ def check_finite(module: nn.Module, source: object) -> None:
     tensors = {
         name: tensor
         for name, tensor in (*module.named_parameters(), *module.named_buffers())
-        if tensor.is_floating_point() and tensor.itemsize > 1 and not tensor.is_meta
+        if tensor.is_floating_point()
+        and tensor.itemsize > 1
+        and not tensor.is_meta
+        and not is_traceable_wrapper_subclass(tensor)  # as torchao's
     }
     # A sum is cheaper than `isfinite` and catches every NaN; it may overflow by itself, hence the second look.
     suspects = [name for name, tensor in tensors.items() if not tensor.sum().isfinite()]

@@ -10,9 +10,11 @@ D hidden size, H heads, E head size, P vision patches, I images.
 
 from __future__ import annotations
 
+import copy
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -36,6 +38,7 @@ from transformers.models.qwen2.modeling_qwen2 import (
     eager_attention_forward,
 )
 from transformers.models.siglip.modeling_siglip import SiglipEncoder
+from transformers.quantizers.auto import AutoQuantizationConfig
 from transformers.utils import ModelOutput
 
 from .checkpoint import HUB_OPTIONS, layout, resolve
@@ -43,6 +46,17 @@ from .configuration_bagel import BagelConfig
 from .context import Branch, Context, NoisyBlock
 from .files import check_finite, check_loading_info
 from .packing import IGNORE, IMAGE, PADDING, TARGET, TEXT, Grid, Segment, collate, grid_position_ids
+
+# Outside of the two experts' layers nothing is quantized: it is small, and heads and embeddings suffer most.
+NOT_QUANTIZED = (
+    "language_model.lm_head", "vit_model", "connector", "vae2llm", "llm2vae", "time_embedder",
+)  # fmt: skip
+SPARED = {"bitsandbytes": "llm_int8_skip_modules", "torchao": "modules_to_not_convert"}  # what they call such a list
+FLASH_PACKAGES = {
+    "FlashAttention2": "flash-attn",
+    "FlashAttention3": "flash-attn-3",
+    "FlashAttention4": "flash-attn-4",
+}
 
 
 @dataclass
@@ -341,6 +355,12 @@ class BagelPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _keys_to_ignore_on_load_missing = [r"(latent|vit)_pos_embed\.pos_embed"]
+    # For diffusers' group offloading by blocks, which brings other parts when their parent is called: these are called
+    # without it.
+    _group_offload_block_modules = [
+        "language_model", "model", "embed_tokens", "rotary_emb", "lm_head", "vit_model", "vision_model", "connector",
+        "vit_pos_embed", "latent_pos_embed", "time_embedder", "mlp", "vae2llm", "llm2vae",
+    ]  # fmt: skip
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -353,7 +373,8 @@ class BagelPreTrainedModel(PreTrainedModel):
     ) -> None:
         """As upstream's, which looks for sub-models; the parts of this one are plain modules with a config each."""
         wanted = attn_implementation if isinstance(attn_implementation, dict) else {"": attn_implementation}
-        super().set_attn_implementation({"": wanted.get("", self.config._attn_implementation)}, allow_all_kernels)
+        with _naming_packages():
+            super().set_attn_implementation({"": wanted.get("", self.config._attn_implementation)}, allow_all_kernels)
         for name in self.config.sub_configs:
             part = getattr(self.config, name)
             part._attn_implementation = wanted.get(
@@ -364,9 +385,12 @@ class BagelPreTrainedModel(PreTrainedModel):
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
         """Load our layout or the official one (`ema.safetensors`), as `PreTrainedModel.from_pretrained` does.
 
+        bitsandbytes and torchao quantize the layers of both experts, never `NOT_QUANTIZED`.
+
         Raises:
             ValueError: Tensors are missing, unexpected, of another shape or not finite; they are named.
             OSError: A file is missing, truncated or no safetensors.
+            ImportError: A package for the attention or the quantization is missing.
         """
         with_info = kwargs.pop("output_loading_info", False)
         hub_options = {name: kwargs.pop(name) for name in HUB_OPTIONS if name in kwargs}
@@ -376,7 +400,10 @@ class BagelPreTrainedModel(PreTrainedModel):
             config = kwargs.setdefault("config", BagelConfig.from_pretrained(folder))
             kwargs.setdefault("generation_config", GenerationConfig.from_model_config(config))
         kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # to name them all in our error
-        model, info = super().from_pretrained(folder, *args, **kwargs)
+        if kwargs.get("quantization_config") is not None:
+            kwargs["quantization_config"] = _sparing(kwargs["quantization_config"])
+        with _naming_packages():
+            model, info = super().from_pretrained(folder, *args, **kwargs)
         check_loading_info(info, folder)
         check_finite(model, folder)
         for module in model.modules():
@@ -385,6 +412,33 @@ class BagelPreTrainedModel(PreTrainedModel):
                 # pass no gradients.
                 module.support_avx512bf16_for_cpu = False
         return (model, info) if with_info else model
+
+
+def _sparing(quantization_config: Any) -> Any:
+    """The configuration with `NOT_QUANTIZED` among what it spares."""
+    if isinstance(quantization_config, dict):
+        quantization_config = AutoQuantizationConfig.from_dict(quantization_config)
+    quantization_config = copy.deepcopy(quantization_config)
+    name = SPARED.get(quantization_config.quant_method)
+    if name is not None:
+        spared = {*(getattr(quantization_config, name) or ()), *NOT_QUANTIZED}
+        setattr(quantization_config, name, sorted(spared))
+    return quantization_config
+
+
+@contextmanager
+def _naming_packages() -> Iterator[None]:
+    """Add to transformers' error which package a flash attention is in."""
+    try:
+        yield
+    except ImportError as error:
+        packages = [package for name, package in FLASH_PACKAGES.items() if name in str(error)]
+        if not packages or "installed" not in str(error):
+            raise
+        raise ImportError(
+            f"{error} Install {packages[0]}, or kernels, with which transformers fetches it from the Hub; or choose "
+            "sdpa, eager or flex_attention"
+        ) from error
 
 
 class BagelForConditionalGeneration(BagelPreTrainedModel, GenerationMixin):

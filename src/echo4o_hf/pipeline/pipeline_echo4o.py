@@ -40,6 +40,7 @@ from .contexts import PromptContexts
 from .denoiser import Denoiser
 from .guidance import read_guidance
 from .lora import LoraMixin
+from .memory import with_advice
 from .prompts import THINKING_PROMPT, Item, count_positions, last_image, latent_grid, read_prompts
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -108,7 +109,10 @@ class Echo4oPipeline(LoraMixin, StepCacheMixin, DiffusionPipeline):
         revision: str | None = None,
         subfolder: str | None = None,
         device_map: Any = None,
+        max_memory: dict[int | str, int | str] | None = None,
+        offload_folder: str | os.PathLike[str] | None = None,
         quantization_config: Any = None,
+        attn_implementation: str | None = None,
         **hub_options: Any,
     ) -> Echo4oPipeline:
         """Loads our layout or the official one, from a folder, the Hub or a bundled name.
@@ -119,12 +123,16 @@ class Echo4oPipeline(LoraMixin, StepCacheMixin, DiffusionPipeline):
             revision: branch, tag or commit on the Hub.
             subfolder: where the checkpoint is inside.
             device_map: where the model goes, as in transformers.
+            max_memory: for `device_map="auto"`, as in transformers: {0: "20GiB", "cpu": "64GiB"}.
+            offload_folder: for parts that `device_map` puts on "disk".
             quantization_config: transformers' for the model, or diffusers' `PipelineQuantizationConfig`.
+            attn_implementation: as in `set_attention_backend`.
             **hub_options: `cache_dir`, `token`, `local_files_only`, `force_download`.
 
         Raises:
             OSError: files are missing or damaged, or there is no network.
-            ValueError: files that do not fit each other.
+            ValueError: files that do not fit each other, or an unknown attention.
+            ImportError: a package for the attention or the quantization is missing.
         """
         dtype = hub_options.pop("torch_dtype", dtype)
         unknown = sorted(set(hub_options) - set(HUB_OPTIONS))
@@ -136,15 +144,27 @@ class Echo4oPipeline(LoraMixin, StepCacheMixin, DiffusionPipeline):
             revision=revision,
             subfolder=subfolder,
             device_map=device_map,
+            max_memory=max_memory,
+            offload_folder=offload_folder,
             quantization_config=quantization_config,
+            attn_implementation=attn_implementation,
             **hub_options,
         )
         return cls(**components)
+
+    @with_advice
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        """As in diffusers."""
+        return super().to(*args, **kwargs)
 
     def set_attention_backend(self, backend: str) -> None:
         """Choose the attention of the model: "sdpa", "eager", "flex_attention", "flash_attention_2" ....
 
         The same as `pipe.model.set_attn_implementation`.
+
+        Raises:
+            ValueError: there is no such attention.
+            ImportError: its package is missing.
         """
         self.model.set_attn_implementation(backend)
 
@@ -160,6 +180,7 @@ class Echo4oPipeline(LoraMixin, StepCacheMixin, DiffusionPipeline):
         for layer in self.model.language_model.model.layers:
             layer.compile(**{"fullgraph": True, **options})
 
+    @with_advice
     @torch.no_grad()
     def __call__(
         self,
@@ -214,6 +235,7 @@ class Echo4oPipeline(LoraMixin, StepCacheMixin, DiffusionPipeline):
 
         Raises:
             ValueError: prompts, references, sizes or settings that cannot work, or numbers that are not finite.
+            torch.OutOfMemoryError: a note on it says what needs less.
         """
         # 1. Check the inputs.
         for name, flag in (("thinking", thinking), ("return_dict", return_dict)):
@@ -324,6 +346,7 @@ class Echo4oPipeline(LoraMixin, StepCacheMixin, DiffusionPipeline):
                     f"{max_think_tokens or 0} for thinking; the model has {limit}: shorten it"
                 )
 
+    @with_advice
     @torch.no_grad()
     def encode_image(self, image: Image.Image) -> Segment:
         """Clean latents of a reference.
@@ -428,6 +451,7 @@ class Echo4oPipeline(LoraMixin, StepCacheMixin, DiffusionPipeline):
         timesteps: Tensor = self.scheduler.timesteps
         return timesteps
 
+    @with_advice
     @torch.no_grad()
     def decode_latents(self, latents: Tensor, grids: list[Grid], output_type: str) -> Any:
         """Images from latents (B, N, D), one by one to save memory; see `Echo4oPipelineOutput`.
