@@ -124,7 +124,7 @@ def test_mistakes(
         ({"prompt": "a heart", "height": 33}, "height=33"),
         ({"prompt": "a heart", "images": ["missing.png"]}, "missing.png"),
         ({"prompt": "a heart", "seed": 1}, "has a seed of its own"),
-        ({"prompt": "heart " * 600}, "positions, the model has 512"),
+        ({"prompt": "heart " * 600}, "the tokenizer's limit is 256"),
     ],
 )
 def test_a_bad_line_is_found_before_the_model_is_loaded(
