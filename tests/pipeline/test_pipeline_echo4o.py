@@ -326,6 +326,23 @@ def test_a_callback_may_stop(pipe):
     assert not torch.equal(stopped, pipe("a cat", generator=seed(0), **FAST).images)
 
 
+def test_an_interrupted_plan_ends_there(pipe):
+    settings = {"thinking": True, "max_think_tokens": 30, "generator": seed(0), **FAST}
+    whole = pipe("a cat", **settings)
+    steps = []
+    seen = []
+
+    def interrupt(module, arguments, output):
+        seen.append(output)
+        pipe._interrupt = len(seen) >= 8
+
+    handle = pipe.model.register_forward_hook(interrupt)
+    cut = pipe("a cat", callback_on_step_end=lambda pipeline, step, *_: steps.append(step), **settings)
+    handle.remove()
+    assert steps == []
+    assert 0 < len(cut.texts[0]) < len(whole.texts[0]) and whole.texts[0].startswith(cut.texts[0])
+
+
 def test_a_vae_of_another_model_is_refused(pipe):
     with pytest.raises(ValueError, match="the VAE has 8 latent channels and 8 pixels a latent, .* expects 4 and 8"):
         Echo4oPipeline(pipe.model, make_vae(latent_channels=8), pipe.scheduler, pipe.processor)

@@ -264,6 +264,7 @@ class Echo4oPipeline(LoraMixin, StepCacheMixin, DiffusionPipeline):
         )
 
         # 2. Read references and prompts, once each.
+        self._interrupt = False
         with torch.compiler.set_stance("force_eager"):  # a prompt's length is seldom met twice
             contexts = self.encode_contexts(prompts, max_think_tokens if thinking else None)
 
@@ -277,7 +278,7 @@ class Echo4oPipeline(LoraMixin, StepCacheMixin, DiffusionPipeline):
         owners = [index // num_images_per_prompt for index in range(len(grids))]  # the prompt of each image
         denoiser = Denoiser(self.model, contexts, owners, grids, guidances, self._new_step_cache())
         finite_until = torch.zeros(len(grids), dtype=torch.long, device=latents.device)  # read once, at the end
-        self._interrupt, steps_done = False, 0
+        steps_done = 0
         with self.progress_bar(total=len(timesteps)) as progress_bar:
             for step, timestep in enumerate(timesteps):
                 if self.interrupt:
@@ -418,9 +419,16 @@ class Echo4oPipeline(LoraMixin, StepCacheMixin, DiffusionPipeline):
         return context
 
     def think(self, context: Context, max_think_tokens: int) -> list[str]:
-        """The plan that the model writes after each row of the context, without sampling."""
+        """The plan that the model writes after each row of the context, without sampling, until interrupted."""
         end = self.processor.eos_token_id
-        ids = self.model.generate_from(context, max_think_tokens, do_sample=False, eos_token_id=end, pad_token_id=end)
+        ids = self.model.generate_from(
+            context,
+            max_think_tokens,
+            do_sample=False,
+            eos_token_id=end,
+            pad_token_id=end,
+            stopping_criteria=[lambda ids, scores, **_: ids.new_full((len(ids),), self.interrupt, dtype=torch.bool)],
+        )
         return [text.strip() for text in self.processor.batch_decode(ids, skip_special_tokens=True)]
 
     def prepare_latents(
