@@ -18,7 +18,7 @@ CSS = "#gallery .preview { background: var(--background-fill-primary); }"  # wha
 def build_page(studio: Studio) -> gr.Blocks:
     """The page of a studio, to be launched with `THEME` and `CSS`; it loads nothing from elsewhere."""
     title = f"Echo-4o: {studio.source.model}"
-    stops = Stops()
+    stops = Stops(studio)
     with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(3600, 86400), fill_width=True) as page:
         gr.Markdown(f"### {escape(title)}")
         with gr.Accordion("Adapter (LoRA)", open=False, render=False, elem_id="adapters") as adapters, gr.Row():

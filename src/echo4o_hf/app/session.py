@@ -10,14 +10,21 @@ from threading import Event
 import gradio as gr
 import torch
 
+from .studio import Studio
+
 MODEL = "model"  # what all calls of the model wait for, in Gradio's queue
 
 
 class Stops:
-    """What the Stop buttons set, by session, while something waits or runs."""
+    """What the Stop buttons set, by session, while something waits or runs.
 
-    def __init__(self) -> None:
-        """None."""
+    Args:
+        studio: where it runs.
+    """
+
+    def __init__(self, studio: Studio) -> None:
+        """See the class."""
+        self.studio = studio
         self._events: dict[str | None, Event] = {}
 
     def begin(self, request: gr.Request) -> None:
@@ -27,7 +34,7 @@ class Stops:
     def stop(self, request: gr.Request) -> None:
         """Stop what the session asked for."""
         if request.session_hash in self._events:
-            self._events[request.session_hash].set()
+            self.studio.stop(self._events[request.session_hash])
 
     @contextmanager
     def during(self, request: gr.Request) -> Iterator[Event]:

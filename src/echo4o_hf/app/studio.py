@@ -98,6 +98,7 @@ class Studio:
         self.pipeline: Echo4oPipeline = source.load(Echo4oPipeline)
         self._adapter: str | None = None  # the one that is loaded
         self._lock = Lock()
+        self._drawing: Event | None = None  # what stops the drawing that runs
 
     @property
     def num_positions(self) -> int:
@@ -135,6 +136,7 @@ class Studio:
         with self._lock:
             if stop.is_set():
                 return Drawn([], "", 0)
+            self._drawing = stop
             self._use_adapter(drawing.adapter, drawing.adapter_weight)
             result = self.pipeline(
                 drawing.prompt,
@@ -152,6 +154,12 @@ class Studio:
             self._save(image, seed, drawing, plan) for image, seed in zip(output.images, drawing.seeds, strict=True)
         ]
         return Drawn(paths, plan, num_updates)
+
+    def stop(self, stop: Event) -> None:
+        """Set the event of a call; where it writes a plan, that ends at once too."""
+        stop.set()
+        if self._drawing is stop:
+            self.pipeline._interrupt = True
 
     def answer(self, question: Question, stop: Event) -> Iterator[str]:
         """The answer, as far as it is written at each time; it ends when `stop` is set.
@@ -177,39 +185,41 @@ class Studio:
 
     @torch.no_grad()
     def _write(self, question: Question, stop: Event, streamer: TextIteratorStreamer) -> None:
-        processor, model = self.pipeline.processor, self.pipeline.model
+        processor = self.pipeline.processor
+        # transformers would else take the 50 likeliest.
+        sampling = {"do_sample": True, "temperature": question.temperature, "top_k": 0}
         try:
             with self._lock:
                 self._use_adapter(question.adapter, question.adapter_weight)
-                model.generate_from(
-                    self._read(question),
-                    question.max_new_tokens,
+                context, left = self._read(question.conversation)
+                self.pipeline.model.generate_from(
+                    context,
+                    min(question.max_new_tokens, left),
                     streamer=streamer,
                     stopping_criteria=StoppingCriteriaList(
                         [lambda ids, scores, **_: ids.new_full((len(ids),), stop.is_set(), dtype=torch.bool)]
                     ),
                     eos_token_id=processor.eos_token_id,
                     pad_token_id=processor.eos_token_id,
-                    do_sample=question.temperature > 0,
-                    temperature=question.temperature or None,
+                    **(sampling if question.temperature > 0 else {"do_sample": False}),
                 )
         finally:
             streamer.end()  # or its reader would wait for ever after an error
 
-    def _read(self, question: Question) -> Context:
-        """The context that the answer follows."""
+    def _read(self, conversation: Sequence[str | Path]) -> tuple[Context, int]:
+        """The context that the answer follows, and how many tokens the answer may have."""
         processor = self.pipeline.processor
         segments = [
             processor.text_segment(item) if isinstance(item, str) else processor.vision_segment(read_picture(item))
-            for item in question.conversation
+            for item in conversation
         ]
-        length = sum(segment.rope_advance for segment in segments) + 1 + question.max_new_tokens
-        if length > self.num_positions:
+        length = sum(segment.rope_advance for segment in segments) + 1
+        if length >= self.num_positions:
             raise ValueError(
-                f"this conversation needs {length} positions, of them {question.max_new_tokens} for the answer; the "
-                f"model has {self.num_positions}: begin a new one, or ask for a shorter answer"
+                f"this conversation needs {length + 1} positions, the model has {self.num_positions}: begin a new one"
             )
-        return self.pipeline.prefill(Context.empty(1, self.pipeline._execution_device), [segments])
+        context = self.pipeline.prefill(Context.empty(1, self.pipeline._execution_device), [segments])
+        return context, self.num_positions - length
 
     def _use_adapter(self, adapter: str | None, weight: float) -> None:
         if adapter != self._adapter:
