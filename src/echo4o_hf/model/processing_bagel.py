@@ -9,14 +9,15 @@ Letters: B rows, U tokens of the longest row, P patches of the row with most, I 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 import numpy as np
 import torch
 from PIL import Image
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.image_processing_utils import BatchFeature
+from transformers.image_utils import load_image
 from transformers.processing_utils import ProcessorMixin
 
 from .checkpoint import find_files, layout, load_processor
@@ -26,6 +27,8 @@ from .packing import PADDING, Segment, collate, patchify
 
 # In the order in which the official code adds those that a tokenizer lacks.
 SPECIAL_TOKENS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
+
+ROLES = ("system", "user", "assistant")
 
 HUB_OPTIONS = ("revision", "subfolder", "cache_dir", "token", "local_files_only", "force_download")
 
@@ -137,6 +140,63 @@ class BagelProcessor(ProcessorMixin):
             [*map(self.vision_segment, row_images), self.text_segment(row_text), bos]
             for row_text, row_images in zip(texts, images_per_text(images, len(texts)), strict=True)
         ]
+        return self._stack(rows, return_tensors, padding)
+
+    def apply_chat_template(
+        self,
+        conversation: Sequence[Mapping[str, Any]] | Sequence[Sequence[Mapping[str, Any]]],
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tokenize: bool = True,
+        return_dict: bool = True,
+        return_tensors: str = "pt",
+        processor_kwargs: Mapping[str, Any] | None = None,
+        **unknown: Any,
+    ) -> BatchFeature:
+        """Rows for `generate` from chats in transformers' form: texts and images in any order, over several turns.
+
+        Bagel has no template and no names of roles: each text and image of a chat is a segment, in their order.
+
+        Args:
+            conversation: messages {"role": ..., "content": a text or a list of parts}, or several such lists. Parts
+                are {"type": "text", "text": ...}, {"type": "image", "image" or "url" or "path" or "base64": ...} and
+                OpenAI's {"type": "image_url", ...}.
+            add_generation_prompt: end with the [bos] of the answer.
+            continue_final_message: leave the last text open instead, for the model to go on with it.
+            tokenize: must be True: a row with images cannot be written as a text.
+            return_dict: must be True, likewise.
+            return_tensors: "pt" or "np".
+            processor_kwargs: `padding` and `return_tensors`, as of `__call__`.
+            **unknown: other options of transformers, which are refused.
+
+        Returns:
+            As `__call__`.
+
+        Raises:
+            ValueError: messages of another form, or options that Bagel does not have.
+        """
+        if not (tokenize and return_dict) or unknown:
+            options = ", ".join(unknown) or "tokenize=False and return_dict=False"
+            raise ValueError(f"Bagel has no chat template: {options} cannot be used")
+        if not isinstance(conversation, (list, tuple)) or not conversation:
+            raise ValueError(f"a chat must be a list of messages, got {conversation!r:.80}")
+        chats = conversation if isinstance(conversation[0], (list, tuple)) else [conversation]
+        rows = [[self._part_segment(part) for message in chat for part in _parts(message)] for chat in chats]
+        for row in rows:
+            if continue_final_message:
+                if not row or row[-1].role != "text":
+                    raise ValueError("continue_final_message=True needs a chat that ends with a text")
+                row[-1] = Segment(role="text", input_ids=row[-1].input_ids[:-1])  # without its [eos]
+            elif add_generation_prompt:
+                row.append(Segment(role="text", input_ids=[self.bos_token_id]))
+        return self._stack(rows, **{"return_tensors": return_tensors, **(processor_kwargs or {})})
+
+    def _part_segment(self, part: str | ImageLike) -> Segment:
+        """A text, which is marked by its class, or an image."""
+        return self.text_segment(part) if isinstance(part, _Text) else self.vision_segment(part)
+
+    def _stack(self, rows: list[list[Segment]], return_tensors: str, padding: bool = True) -> BatchFeature:
         data = collate(rows, padding_side="left")
         is_text_id = attention_mask = data["segment_ids"] != PADDING  # (B, U)
         if not padding and not attention_mask.all():
@@ -151,6 +211,43 @@ class BagelProcessor(ProcessorMixin):
     def _placeholder_id(self) -> int:
         pad_token_id: int | None = self.tokenizer.pad_token_id
         return self.eos_token_id if pad_token_id is None else pad_token_id
+
+
+class _Text(str):
+    """A text of a chat, where other strings are paths."""
+
+
+def _parts(message: Any) -> list[_Text | ImageLike]:
+    """The texts and images of a message."""
+    if not isinstance(message, Mapping) or message.get("role") not in ROLES:
+        raise ValueError(f"a message must be a dict whose role is one of {', '.join(ROLES)}, got {message!r:.80}")
+    content = message.get("content")
+    if isinstance(content, str):
+        content = [{"type": "text", "text": content}]
+    if not isinstance(content, (list, tuple)) or not content:
+        raise ValueError(f"a message must have a text or a list of parts as content, got {content!r:.80}")
+    return [_read_part(part) for part in content]
+
+
+def _read_part(part: Any) -> _Text | ImageLike:
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    if kind == "text" and isinstance(part.get("text"), str):
+        return _Text(part["text"])
+    if kind == "image_url" and isinstance(part.get("image_url"), (str, Mapping)):  # OpenAI's form
+        url = part["image_url"]
+        part, kind = {"url": url if isinstance(url, str) else url.get("url")}, "image"
+    image = (
+        next((part[key] for key in ("image", "url", "path", "base64") if key in part), None)
+        if kind == "image"
+        else None
+    )
+    if image is None:
+        raise ValueError(
+            f"a part of a message must be a text or an image, as transformers writes them, got {part!r:.80}"
+        )
+    if "base64" in part or (isinstance(image, str) and image.startswith(("http://", "https://", "data:"))):
+        return load_image(image)
+    return cast(ImageLike, image)
 
 
 def images_per_text(images: Any, num_texts: int) -> list[list[ImageLike]]:
