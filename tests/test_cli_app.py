@@ -13,9 +13,7 @@ MODEL = "echo4o-miniature"
 
 
 def test_without_gradio_the_extra_is_named() -> None:
-    code = (
-        f"import sys; sys.modules['gradio'] = None; import echo4o_hf.cli as c; c.main(['app', '--model', '{MODEL}'])"
-    )
+    code = "import sys; sys.modules['gradio'] = None; from echo4o_hf.cli import main as m; m(['app', '--model', 'x'])"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert run.stderr.splitlines()[-1] == "echo4o: error: echo4o app needs gradio: pip install 'echo4o-hf[app]'"
 
