@@ -62,13 +62,15 @@ def make_pipeline(
     vae_layers: int,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
+    init: bool = True,
 ) -> Echo4oPipeline:
-    """A pipeline whose prompts are `prompt`s; its weights are made on the device, without a copy on the host."""
+    """A pipeline whose prompts are `prompt`s; its weights are made on the device, with `init` as for training."""
     torch.manual_seed(0)
     with torch.device("meta"):
         model = BagelForConditionalGeneration._from_config(config, dtype=dtype)
     model.to_empty(device=device)
-    model.apply(model._init_weights)  # fills the tables too
+    if init:
+        model.apply(model._init_weights)  # fills the tables too
     with torch.device(device):
         vae = AutoencoderKL(
             block_out_channels=tuple(vae_channels),

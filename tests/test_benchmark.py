@@ -3,6 +3,7 @@
 import importlib
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -259,3 +260,49 @@ def test_training_on_a_gpu_measures_every_section(script, tmp_path, capsys, devi
             assert record["tokens_per_second"] == pytest.approx(record["tokens"] / record["seconds"], rel=1e-3)
     trained = {section: [r["tokens"] for r in records if r["section"] == section] for section in sections[2:4]}
     assert trained["lora"] == trained["lora-uncached"]
+
+
+on_linux = pytest.mark.skipif(sys.platform != "linux", reason="reads memory as Linux tells it")
+
+
+@on_linux
+def test_loading_takes_little_more_than_the_checkpoint(script, tmp_path):
+    loading = script("loading")
+    config = loading.config_of(1e8, torch.bfloat16, hidden=256)
+    size = loading.write(tmp_path / "checkpoint", config, torch.bfloat16, "official")
+    assert size == pytest.approx(1e8, rel=0.1)
+    peaks = loading.peak_of_loading(tmp_path / "checkpoint", None)
+    assert peaks["own"] < 1.15 * size + 60e6  # modules, caches and threads, which do not grow with the checkpoint
+
+
+@on_linux
+@pytest.mark.slow
+def test_loading_prints_ratios(script, capsys):
+    assert script("loading").main(["--gigabytes", "1"]) == 0  # no ratio above the limit
+    rows = [
+        row.split(" | ")
+        for row in re.findall(r"^\| (\w+ \| \w+ \| \w+ \| [0-9.].+) \|$", capsys.readouterr().out, re.M)
+    ]
+    assert [row[0] for row in rows] == ["official"] * 3 + ["ours"] * 3
+    for row in rows:
+        size, own, ratio = map(float, row[3:6])
+        assert size == pytest.approx(1, rel=0.1) and ratio == pytest.approx(own / size, abs=0.02)
+
+
+def test_memory_table_counts_what_is_held(script, capsys):
+    memory_table = script("memory_table")
+    memory_table.main(["--tiny"])
+    rows = [row.split(" | ") for row in re.findall(r"^\| (.+) \|$", capsys.readouterr().out, re.MULTILINE)]
+    assert rows[0][2:] == [task.name for task in memory_table.TASKS]
+    assert [row[0] for row in rows[1::2]] == ["bf16", "bf16, group offload", "8 bits", "4 bits"]
+
+    def hold():
+        first = torch.empty(1000, device="meta")
+        second = first.view(10, 100) + 1
+        del first
+        return second * 2
+
+    assert memory_table.peak(hold) == 8000 / memory_table.GIB
+    model, _ = memory_table.make_model(memory_table.Size(BagelConfig(), (8, 8, 8, 8), 1))
+    assert memory_table.weights(model, "bf16") == pytest.approx(2 * 14.69e9 / memory_table.GIB, rel=0.01)
+    assert memory_table.weights(model, "bf16") > memory_table.weights(model, "8 bits") > 15
