@@ -46,7 +46,7 @@ def answer(pipe: Echo4oPipeline, images: list[Path], texts: list[str], max_new_t
 
 def test_a_question_gets_the_answer_of_generate(picture: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert chat(picture, picture, "--question", QUESTIONS[0], "--max-new-tokens", 20) == 0
-    pipe = Echo4oPipeline.from_pretrained(MODEL)
+    pipe = Echo4oPipeline.from_pretrained(MODEL, dtype=torch.float32)
     inputs = pipe.processor(text=QUESTIONS[0], images=[Image.open(picture)] * 2, return_tensors="pt")
     ids = pipe.model.generate(**inputs, max_new_tokens=20, do_sample=False)[:, inputs["input_ids"].shape[1] :]
     expected = pipe.processor.batch_decode(ids, skip_special_tokens=True)[0]
@@ -58,7 +58,7 @@ def test_later_answers_follow_from_all_that_was_said(picture: Path) -> None:
     options = [str(picture), "--model", MODEL, "--max-new-tokens", "8"]
     run = subprocess.run([*COMMAND, *options], input=text, capture_output=True, text=True, start_new_session=True)
     assert run.returncode == 0, run.stderr
-    pipe, said, answers = Echo4oPipeline.from_pretrained(MODEL), [], []
+    pipe, said, answers = Echo4oPipeline.from_pretrained(MODEL, dtype=torch.float32), [], []
     for question in (*QUESTIONS, QUESTIONS[0]):
         answers.append(answer(pipe, [picture], [*said, question], 8))
         said += [question, answers[-1]] if answers[-1].strip() else [question]
