@@ -195,7 +195,7 @@ class ImagesTab:
 
 def _references() -> gr.Gallery:
     return gr.Gallery(
-        label="References, for the prompt to speak of",
+        label="References",
         type="filepath",
         file_types=["image"],
         columns=4,

@@ -12,7 +12,10 @@ from .session import Stops
 from .studio import NO_ADAPTER, Studio
 
 THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
-CSS = "#gallery .preview { background: var(--background-fill-primary); }"  # what is behind would shine through
+CSS = """
+#gallery .preview { background: var(--background-fill-primary); }  /* the grid would shine through */
+#references .grid-wrap { padding-top: 32px; }  /* the label would cover the pictures */
+"""
 
 
 def build_page(studio: Studio) -> gr.Blocks:

@@ -8,8 +8,8 @@ from html import escape
 from threading import Event
 
 import gradio as gr
-import torch
 
+from ..pipeline.memory import is_out_of_memory
 from .studio import Studio
 
 MODEL = "model"  # what all calls of the model wait for, in Gradio's queue
@@ -42,12 +42,14 @@ class Stops:
         event = self._events.setdefault(request.session_hash, Event())
         try:
             yield event
-        except (torch.OutOfMemoryError, MemoryError) as error:
+        except (ValueError, OSError, ImportError) as error:
+            raise message(str(error)) from error
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
             raise message(
                 "There is not enough memory for this: draw fewer or smaller images, or take fewer references."
             ) from error
-        except (ValueError, OSError, ImportError) as error:
-            raise message(str(error)) from error
         finally:
             self._events.pop(request.session_hash, None)
 
