@@ -48,7 +48,7 @@ def prompts(draw):
     """Contents of one to three prompts: lists of texts and pictures, some of which go to `image`."""
     texts, names = st.sampled_from(["a red cat", "two hats", "\u2603 \0"]), st.sampled_from(sorted(PICTURES))
     pictures = st.builds(Picture, names)
-    contents = draw(st.lists(st.lists(st.one_of(texts, pictures), min_size=1, max_size=3), min_size=1, max_size=2))
+    contents = draw(st.lists(st.lists(st.one_of(texts, pictures), min_size=1, max_size=2), min_size=1, max_size=2))
     references = draw(st.lists(st.lists(pictures, max_size=2), min_size=len(contents), max_size=len(contents)))
     return contents, references
 
@@ -56,14 +56,14 @@ def prompts(draw):
 WORKING = {
     "height": st.sampled_from([None, 16, 32, 48, 64, np.int64(32)]),
     "width": st.sampled_from([None, 16, 48, 64]),
-    "num_inference_steps": st.sampled_from([1, 2, 3, np.int64(2)]),
+    "num_inference_steps": st.sampled_from([1, 2, np.int64(2)]),
     "guidance_scale": st.sampled_from([0, 0.5, 1, 1.5, 4.0, np.float32(7), 1000]),
     "image_guidance_scale": st.sampled_from([None, 0, 1.0, 1.5, 2]),
     "guidance_interval": st.sampled_from([None, (0, 1), (0.0, 0.0), [0.4, 1.0], (0.6, np.float64(0.9)), (1, 1)]),
     "guidance_renorm": st.sampled_from([None, "global", "channel", "text_channel"]),
     "guidance_renorm_min": st.sampled_from([0, 0.5, 1.0]),
     "thinking": st.booleans(),
-    "max_think_tokens": st.integers(1, 4),
+    "max_think_tokens": st.integers(1, 2),
     "num_images_per_prompt": st.integers(1, 2),
     "generator": st.sampled_from(["none", "one", "one each", "tuple"]),
     "latents": st.sampled_from([None, torch.float16, torch.float32, torch.float64]),
