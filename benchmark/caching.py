@@ -165,11 +165,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--updates", type=int, default=20, help="of the miniature")
+    parser.add_argument("--every", type=int, default=1, help="2: only every second item, and so on")
     parser.add_argument("--repeats", type=int, default=5, help="of the random model; 0 leaves it out")
     parser.add_argument("--tiny", action="store_true", help="only shows that the script runs")
     arguments = parser.parse_args(argv)
-    if arguments.updates < 4 or arguments.repeats < 0:
-        parser.error("--updates must be at least 4, --repeats at least 0")
+    if arguments.updates < 4 or arguments.every < 1 or arguments.repeats < 0:
+        parser.error("--updates must be at least 4, --every at least 1, --repeats at least 0")
     torch.set_num_threads(arguments.threads)
     print(f"torch {torch.__version__}, float32, {arguments.threads} threads\n")
 
@@ -177,7 +178,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     pipe.set_progress_bar_config(disable=True)
     pipe("a first call warms up", num_inference_steps=1)
     runs = settings(arguments.updates)
-    items = load_items()[::70] if arguments.tiny else load_items()
+    items = load_items()[:: 70 if arguments.tiny else arguments.every]
     draw_items(pipe, runs, items)
     print(f"echo4o-miniature, {len(items)} items\n")
     print_quality(runs)
