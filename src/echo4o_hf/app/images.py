@@ -64,7 +64,7 @@ class ImagesTab:
                 guidance = _guidance()
             with gr.Column(min_width=300):
                 thinking = self._thinking()
-        shown, chosen = gr.State([]), gr.State(None)  # files, the newest first, and the one that was selected
+        shown, chosen = gr.State([]), gr.State(None)  # files and captions, the newest first; the file selected
 
         buttons = [generate, stop]
         begun = gr.on(
@@ -142,7 +142,7 @@ class ImagesTab:
         max_think_tokens: int,
         adapter: str,
         adapter_weight: float,
-        shown: list[str],
+        shown: list[tuple[str, str]],
         request: gr.Request,
         progress: gr.Progress = gr.Progress(),  # noqa: B008 (how Gradio finds it)
     ) -> tuple[Any, ...]:
@@ -179,18 +179,18 @@ class ImagesTab:
         if not drawn.paths:
             return gr.skip(), shown, plan, f"Stopped after {drawn.num_updates} of {steps} steps.", seed
         number = "1 image" if len(drawn.paths) == 1 else f"{len(drawn.paths)} images"
-        shown = [*map(str, drawn.paths), *shown]
-        images = [(path, f"seed {settings_of(Path(path))['seed']}") for path in shown]
-        gallery = gr.Gallery(images, selected_index=0)
+        captions = [f"seed {one}" for one in drawing.seeds]
+        shown = [*zip(map(str, drawn.paths), captions, strict=True), *shown]
+        gallery = gr.Gallery(shown, selected_index=0)
         return gallery, shown, plan, f"{number} in {time.monotonic() - began:.1f} s", seed
 
-    def show_newest(self, shown: list[str]) -> tuple[Any, ...]:
+    def show_newest(self, shown: list[tuple[str, str]]) -> tuple[Any, ...]:
         """The settings of the image that was drawn last."""
-        return _details(shown[0]) if shown else (gr.skip(),) * 4
+        return _details(shown[0][0]) if shown else (gr.skip(),) * 4
 
-    def show_selected(self, shown: list[str], selected: gr.SelectData) -> tuple[Any, ...]:
+    def show_selected(self, shown: list[tuple[str, str]], selected: gr.SelectData) -> tuple[Any, ...]:
         """The settings of the image that was selected."""
-        return _details(shown[selected.index])
+        return _details(shown[selected.index][0])
 
 
 def _references() -> gr.Gallery:

@@ -15,6 +15,7 @@ THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monos
 CSS = """
 #gallery .preview { background: var(--background-fill-primary); }  /* the grid would shine through */
 #references .grid-wrap { padding-top: 32px; }  /* the label would cover the pictures */
+#references .grid-container { grid-template-columns: repeat(4, minmax(0, 1fr)); }  /* on a phone, too */
 """
 
 
