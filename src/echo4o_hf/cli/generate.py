@@ -208,7 +208,7 @@ def _requests(args: argparse.Namespace, given: dict[str, Any]) -> list[Request]:
     pipeline_class = find_pipeline_class(args.model)
     if pipeline_class.__name__ != "Echo4oPipeline":
         raise ValueError(f"{args.model} is a {pipeline_class.__name__}, which draws only with --benchmark")
-    config, processor = BagelConfig.from_pretrained(args.model), BagelProcessor.from_pretrained(args.model)
+    processor, config = BagelProcessor.from_pretrained(args.model), BagelConfig.from_pretrained(args.model)
     for request in requests:
         try:
             check_request(request, {**given, **request.arguments}, config, processor)
