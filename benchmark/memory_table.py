@@ -27,7 +27,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from echo4o_hf.model.configuration_bagel import BagelConfig
 from echo4o_hf.model.context import Branch, NoisyBlock
-from echo4o_hf.model.modeling_bagel import NOT_QUANTIZED, BagelForConditionalGeneration
+from echo4o_hf.model.modeling_bagel import BagelForConditionalGeneration
+from echo4o_hf.model.packages import NOT_QUANTIZED
 
 GIB = 2**30
 CARDS = (12, 16, 24, 40, 80)  # GiB

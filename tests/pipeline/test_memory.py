@@ -13,7 +13,7 @@ from PIL import Image
 from transformers import BitsAndBytesConfig, TorchAoConfig
 from transformers.utils import is_flash_attn_2_available, is_kernels_available
 
-from echo4o_hf.model.modeling_bagel import NOT_QUANTIZED
+from echo4o_hf.model.packages import NOT_QUANTIZED
 from echo4o_hf.pipeline.memory import advice, is_out_of_memory
 from echo4o_hf.pipeline.pipeline_echo4o import Echo4oPipeline
 

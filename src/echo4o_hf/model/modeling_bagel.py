@@ -10,11 +10,9 @@ D hidden size, H heads, E head size, P vision patches, I images.
 
 from __future__ import annotations
 
-import copy
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -38,25 +36,14 @@ from transformers.models.qwen2.modeling_qwen2 import (
     eager_attention_forward,
 )
 from transformers.models.siglip.modeling_siglip import SiglipEncoder
-from transformers.quantizers.auto import AutoQuantizationConfig
 from transformers.utils import ModelOutput
 
 from .checkpoint import HUB_OPTIONS, layout, resolve
 from .configuration_bagel import BagelConfig
 from .context import Branch, Context, NoisyBlock
 from .files import check_finite, check_loading_info
+from .packages import naming_packages, spare_small_parts
 from .packing import IGNORE, IMAGE, PADDING, TARGET, TEXT, Grid, Segment, collate, grid_position_ids
-
-# Outside of the two experts' layers nothing is quantized: it is small, and heads and embeddings suffer most.
-NOT_QUANTIZED = (
-    "language_model.lm_head", "vit_model", "connector", "vae2llm", "llm2vae", "time_embedder",
-)  # fmt: skip
-SPARED = {"bitsandbytes": "llm_int8_skip_modules", "torchao": "modules_to_not_convert"}  # what they call such a list
-FLASH_PACKAGES = {
-    "FlashAttention2": "flash-attn",
-    "FlashAttention3": "flash-attn-3",
-    "FlashAttention4": "flash-attn-4",
-}
 
 
 @dataclass
@@ -373,7 +360,7 @@ class BagelPreTrainedModel(PreTrainedModel):
     ) -> None:
         """As upstream's, which looks for sub-models; the parts of this one are plain modules with a config each."""
         wanted = attn_implementation if isinstance(attn_implementation, dict) else {"": attn_implementation}
-        with _naming_packages():
+        with naming_packages():
             super().set_attn_implementation({"": wanted.get("", self.config._attn_implementation)}, allow_all_kernels)
         for name in self.config.sub_configs:
             part = getattr(self.config, name)
@@ -385,7 +372,7 @@ class BagelPreTrainedModel(PreTrainedModel):
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
         """Load our layout or the official one (`ema.safetensors`), as `PreTrainedModel.from_pretrained` does.
 
-        bitsandbytes and torchao quantize the layers of both experts, never `NOT_QUANTIZED`.
+        bitsandbytes and torchao quantize the layers of both experts, never `packages.NOT_QUANTIZED`.
 
         Raises:
             ValueError: Tensors are missing, unexpected, of another shape or not finite; they are named.
@@ -401,8 +388,8 @@ class BagelPreTrainedModel(PreTrainedModel):
             kwargs.setdefault("generation_config", GenerationConfig.from_model_config(config))
         kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # to name them all in our error
         if kwargs.get("quantization_config") is not None:
-            kwargs["quantization_config"] = _sparing(kwargs["quantization_config"])
-        with _naming_packages():
+            kwargs["quantization_config"] = spare_small_parts(kwargs["quantization_config"])
+        with naming_packages():
             model, info = super().from_pretrained(folder, *args, **kwargs)
         check_loading_info(info, folder)
         check_finite(model, folder)
@@ -412,33 +399,6 @@ class BagelPreTrainedModel(PreTrainedModel):
                 # pass no gradients.
                 module.support_avx512bf16_for_cpu = False
         return (model, info) if with_info else model
-
-
-def _sparing(quantization_config: Any) -> Any:
-    """The configuration with `NOT_QUANTIZED` among what it spares."""
-    if isinstance(quantization_config, dict):
-        quantization_config = AutoQuantizationConfig.from_dict(quantization_config)
-    quantization_config = copy.deepcopy(quantization_config)
-    name = SPARED.get(quantization_config.quant_method)
-    if name is not None:
-        spared = {*(getattr(quantization_config, name) or ()), *NOT_QUANTIZED}
-        setattr(quantization_config, name, sorted(spared))
-    return quantization_config
-
-
-@contextmanager
-def _naming_packages() -> Iterator[None]:
-    """Add to transformers' error which package a flash attention is in."""
-    try:
-        yield
-    except ImportError as error:
-        packages = [package for name, package in FLASH_PACKAGES.items() if name in str(error)]
-        if not packages or "installed" not in str(error):
-            raise
-        raise ImportError(
-            f"{error} Install {packages[0]}, or kernels, with which transformers fetches it from the Hub; or choose "
-            "sdpa, eager or flex_attention"
-        ) from error
 
 
 class BagelForConditionalGeneration(BagelPreTrainedModel, GenerationMixin):

@@ -35,9 +35,6 @@ VISION_LAYERS = (
     r"connector\.fc[12]",
 )
 
-# Outside of the two experts' layers nothing is quantized: it is small, and heads and embeddings suffer most.
-NOT_QUANTIZED = ("language_model.lm_head", "vit_model", "connector", *LATENT_HEADS)
-
 
 def prepare_model(
     model: BagelForConditionalGeneration, arguments: Echo4oTrainingArguments
@@ -133,15 +130,13 @@ def quantization_config(arguments: Echo4oTrainingArguments) -> BitsAndBytesConfi
         ) from error
     from transformers import BitsAndBytesConfig
 
-    skipped = list(NOT_QUANTIZED)
     if arguments.quantization == "8bit":
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
+        return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16 if arguments.bf16 else torch.float32,
-        llm_int8_skip_modules=skipped,  # both kinds read it
     )
 
 
