@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import TaylorSeerCacheConfig
 from peft import LoraConfig
 from PIL import Image
 
@@ -106,6 +107,7 @@ def test_lines_with_references_and_seeds(reference: Path, tmp_path: Path) -> Non
         (("-o", "out.png"), "OUT must be a folder with --prompts or --seeds, got 'out.png'"),
         (("--batch-size", "0"), "batch_size=0 must be at least 1"),
         (("--attention", "telepathy"), "telepathy"),
+        (("--cache-interval", "1"), "--cache-interval 1 must be at least 2"),
     ],
 )
 def test_mistakes(
@@ -159,6 +161,18 @@ def test_adapters_and_attention(tmp_path: Path) -> None:
     assert lines(tmp_path / "all")[0]["lora"] == [[str(tmp_path / "lora"), 1.0]]
     assert lines(tmp_path / "eager")[0]["attention"] == "eager"
     assert generate("a star", "--seeds", "0", "-o", tmp_path / "all") == 2  # drawn with an adapter, now without
+
+
+def test_cached(tmp_path: Path) -> None:
+    assert generate("a star", "--seeds", "0", "-o", tmp_path / "out", "--steps", "8", "--cache-interval", "3") == 0
+    pipe = Echo4oPipeline.from_pretrained(MODEL, dtype=torch.float32)
+    pipe.enable_cache(
+        TaylorSeerCacheConfig(cache_interval=3, disable_cache_before_step=1, taylor_factors_dtype=torch.float32)
+    )
+    options = {"height": 32, "width": 32, "num_inference_steps": 8}
+    image = pipe("a star", generator=torch.Generator().manual_seed(0), **options).images[0]
+    assert np.array_equal(np.asarray(image).astype(int), pixels(tmp_path / "out" / "1_0.png"))
+    assert lines(tmp_path / "out")[0]["cache_interval"] == 3
 
 
 def test_after_ctrl_c_the_same_command_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

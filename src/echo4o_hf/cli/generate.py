@@ -45,6 +45,12 @@ def _generate_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--compile", action="store_true", help="compile the layers that draw, with torch.compile")
     parser.add_argument(
+        "--cache-interval",
+        type=int,
+        metavar="N",
+        help="evaluate the model at one of N updates and forecast the others: faster, not exact",
+    )
+    parser.add_argument(
         "-o",
         "--output",
         type=Path,
@@ -221,8 +227,10 @@ def _requests(args: argparse.Namespace, given: dict[str, Any]) -> list[Request]:
 def _source(args: argparse.Namespace) -> Source:
     from ..pipeline.samples import Source
 
+    if args.cache_interval is not None and args.cache_interval < 2:
+        raise ValueError(f"--cache-interval {args.cache_interval} must be at least 2; without it, all are evaluated")
     device, dtype = device_and_dtype(args)
-    return Source(args.model, dtype, device, read_adapters(args), args.attention, args.compile)
+    return Source(args.model, dtype, device, read_adapters(args), args.attention, args.compile, args.cache_interval)
 
 
 def _check_grid(args: argparse.Namespace, samples: list[Sample]) -> None:

@@ -18,7 +18,7 @@ from PIL.PngImagePlugin import PngInfo
 
 COMPARED = ("prompt", "model", "pipeline", "seed", "parameters", "dtype")  # with another one, it is another picture
 # Of the PNG texts, those not plain.
-JSON_TEXTS = ("number", "sample", "seed", "parameters", "lora", "compiled", "nsfw_content_detected")
+JSON_TEXTS = ("number", "sample", "seed", "parameters", "lora", "compiled", "cache_interval", "nsfw_content_detected")
 
 _NAME = re.compile(r"([0-9]+)_([0-9]+)\.png")
 

@@ -4,7 +4,8 @@ A folder of samples holds `{number}_{sample}.png`, the number being that of the 
 line per picture:
     {"file_name": "17_0.png", "prompt": "…", "number": 17, "sample": 0, "model": "…", "pipeline": "Echo4oPipeline",
      "seed": 0, "parameters": {…}, "dtype": "bfloat16", "device": "cuda", "software": "…"}
-and `lora`, `attention`, `compiled` where there are such; of references, `parameters` holds names and hashes.
+and `lora`, `attention`, `compiled`, `cache_interval` where there are such; of references, `parameters` holds names and
+hashes.
 The lines are copies of what each picture says in its PNG text; `file_name` is what `load_dataset("imagefolder")`
 wants. Where a pipeline says more about a picture (Echo-4o its plan, a safety checker its finding), that is added.
 
@@ -30,7 +31,7 @@ from typing import Any, NamedTuple
 import diffusers
 import torch
 from accelerate import PartialState
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, TaylorSeerCacheConfig
 from PIL import Image
 from tqdm.auto import tqdm
 
@@ -92,6 +93,7 @@ class Source:
         loras: of Echo-4o, adapters by folder or Hub name, and how much of each is added.
         attention: of Echo-4o, see `Echo4oPipeline.set_attention_backend`.
         compiled: of Echo-4o, see `Echo4oPipeline.compile`.
+        cache_interval: of Echo-4o, one of so many updates is evaluated (see `enable_cache`); None is all.
     """
 
     model: str
@@ -100,6 +102,7 @@ class Source:
     loras: tuple[tuple[str, float], ...] = ()
     attention: str | None = None
     compiled: bool = False
+    cache_interval: int | None = None
 
     def load(self, pipeline_class: type[DiffusionPipeline]) -> DiffusionPipeline:
         """The pipeline on its device.
@@ -120,6 +123,14 @@ class Source:
                 pipeline.set_attention_backend(self.attention)
             if self.compiled:
                 pipeline.compile()
+            if self.cache_interval is not None:
+                pipeline.enable_cache(
+                    TaylorSeerCacheConfig(
+                        cache_interval=self.cache_interval,
+                        disable_cache_before_step=1,
+                        taylor_factors_dtype=torch.float32,
+                    )
+                )
         return pipeline
 
     def settings(self, pipeline_class: type[DiffusionPipeline]) -> dict[str, Any]:
@@ -141,11 +152,12 @@ class Source:
         }
 
     def extras(self) -> dict[str, Any]:
-        """Adapters, attention and compiling, those that there are."""
+        """Adapters, attention, compiling and caching, those that there are."""
         every = {
             "lora": [[adapter, scale] for adapter, scale in self.loras],
             "attention": self.attention,
             "compiled": self.compiled,
+            "cache_interval": self.cache_interval,
         }
         return {name: value for name, value in every.items() if value}
 
