@@ -27,6 +27,7 @@ def test_defaults_that_differ_from_upstream() -> None:
         "adam_beta2": 0.95,
         "adam_epsilon": 1e-15,
         "logging_steps": 10,
+        "hub_strategy": "end",
     }
     assert ours.average_tokens_across_devices
     assert ours.weight_decay == 0

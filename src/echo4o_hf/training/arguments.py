@@ -31,7 +31,7 @@ class Echo4oTrainingArguments(TrainingArguments):
     """`transformers.TrainingArguments` and what Bagel adds; each field's `help` says what it is.
 
     Other defaults than upstream's: `per_device_train_batch_size`, `remove_unused_columns`, `learning_rate`,
-    `adam_beta2`, `adam_epsilon`, `logging_steps`, and `bf16`, which is decided by the device.
+    `adam_beta2`, `adam_epsilon`, `logging_steps`, `hub_strategy`, and `bf16`, which is decided by the device.
 
     Raises:
         ValueError: settings out of range, or that contradict each other.
@@ -44,6 +44,10 @@ class Echo4oTrainingArguments(TrainingArguments):
     adam_epsilon: float = field(default=1e-15, metadata={"help": "As the paper has it."})
     logging_steps: float = field(
         default=10, metadata={"help": "Steps between two lines of the log; below 1, a share of all steps."}
+    )
+    hub_strategy: str = field(
+        default="end",
+        metadata={"help": "With push_to_hub: push the result and its card; or also at `every_save` ..."},
     )
     bf16: bool | None = field(
         default=None,
