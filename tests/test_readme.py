@@ -67,6 +67,8 @@ def test_commands_exist(command: list[str]) -> None:
         parse_arguments([str(ROOT / arguments[after]), *arguments[after + 1 :]])
     elif program == "echo4o":
         assert build_parser().parse_args(arguments).run
+    elif program == "python":
+        assert (ROOT / arguments[0]).is_file()
     else:
         assert command[:4] == ["pip", "install", "-c", "constraints.txt"]
 
