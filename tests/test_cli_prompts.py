@@ -14,7 +14,9 @@ from peft import LoraConfig
 from PIL import Image
 
 from echo4o_hf import Echo4oPipeline
+from echo4o_hf.cli import generate as generate_command
 from echo4o_hf.cli import main
+from echo4o_hf.pipeline import guidance
 
 MODEL = "echo4o-miniature"
 FAST = ("--model", MODEL, "--steps", "2", "--height", "32", "--width", "32")
@@ -163,7 +165,7 @@ def test_adapters_and_attention(tmp_path: Path) -> None:
     assert generate("a star", "--seeds", "0", "-o", tmp_path / "all") == 2  # drawn with an adapter, now without
 
 
-def test_cached(tmp_path: Path) -> None:
+def test_cached(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert generate("a star", "--seeds", "0", "-o", tmp_path / "out", "--steps", "8", "--cache-interval", "3") == 0
     pipe = Echo4oPipeline.from_pretrained(MODEL, dtype=torch.float32)
     pipe.enable_cache(
@@ -173,6 +175,13 @@ def test_cached(tmp_path: Path) -> None:
     image = pipe("a star", generator=torch.Generator().manual_seed(0), **options).images[0]
     assert np.array_equal(np.asarray(image).astype(int), pixels(tmp_path / "out" / "1_0.png"))
     assert lines(tmp_path / "out")[0]["cache_interval"] == 3
+    for other in ((), ("--cache-interval", "2")):  # neither exact pictures nor others may mix with these
+        assert generate("a star", "--seeds", "0", "-o", tmp_path / "out", "--steps", "8", *other) == 2
+        assert "cache_interval=3" in capsys.readouterr().err
+
+
+def test_the_renorms_are_those_of_the_pipeline() -> None:
+    assert generate_command.RENORMS == guidance.RENORMS
 
 
 def test_after_ctrl_c_the_same_command_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,6 +17,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 COMPARED = ("prompt", "model", "pipeline", "seed", "parameters", "dtype")  # with another one, it is another picture
+COMPARED_IF_ANY = ("lora", "cache_interval")  # likewise, and not all pictures have them
 # Of the PNG texts, those not plain.
 JSON_TEXTS = ("number", "sample", "seed", "parameters", "lora", "compiled", "cache_interval", "nsfw_content_detected")
 
@@ -35,7 +36,9 @@ def is_drawn(path: Path, wanted: Mapping[str, Any]) -> bool:
     if not there:
         raise ValueError(f"{path} was not drawn by this command: name another folder, or remove the picture")
     before, now = there["parameters"], wanted["parameters"]
-    pairs = [(name, there.get(name), wanted.get(name)) for name in (*COMPARED, "lora") if name != "parameters"]
+    pairs = [
+        (name, there.get(name), wanted.get(name)) for name in (*COMPARED, *COMPARED_IF_ANY) if name != "parameters"
+    ]
     pairs += [(name, before.get(name), now.get(name)) for name in {**now, **before}]
     for name, old, new in pairs:
         if old != new:
