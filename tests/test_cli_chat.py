@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image, ImageDraw
+from PIL import ExifTags, Image, ImageDraw
 
 from echo4o_hf import Echo4oPipeline
 from echo4o_hf.cli import main
@@ -51,6 +51,20 @@ def test_a_question_gets_the_answer_of_generate(picture: Path, capsys: pytest.Ca
     ids = pipe.model.generate(**inputs, max_new_tokens=20, do_sample=False)[:, inputs["input_ids"].shape[1] :]
     expected = pipe.processor.batch_decode(ids, skip_special_tokens=True)[0]
     assert expected.strip() and capsys.readouterr().out == expected + "\n"
+
+
+def test_photographs_are_turned_upright(picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    image = Image.new("RGB", (128, 32), "white")
+    image.paste("red", (0, 0, 60, 32))
+    image.save(picture)
+    turned = Image.Exif()
+    turned[ExifTags.Base.Orientation] = 6  # to be shown turned by 90 degrees clockwise
+    image.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "photo.png", exif=turned)
+    said = []
+    for path in (picture, tmp_path / "photo.png"):
+        assert chat(path, "--question", QUESTIONS[0], "--max-new-tokens", 40) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1]
 
 
 def test_later_answers_follow_from_all_that_was_said(picture: Path) -> None:
@@ -98,8 +112,9 @@ def test_ctrl_c_ends_the_answer_and_not_the_conversation(picture: Path) -> None:
     [
         (("--question", " "), "a prompt must hold text"),
         (("--max-new-tokens", 0), "--max-new-tokens 0 must be at least 1"),
-        (("--temperature", -1), "--temperature -1.0 must be 0 or more"),
-        (("--temperature", "nan"), "--temperature nan must be 0 or more"),
+        (("--temperature", -1), "--temperature -1.0 must be 0, or 0.01 or more"),
+        (("--temperature", "nan"), "--temperature nan must be 0, or 0.01 or more"),
+        (("--temperature", 1e-40), "--temperature 1e-40 must be 0, or 0.01 or more"),
         (("--temperature", 1, "--top-p", 0), "--top-p 0.0 must be above 0"),
         (("--temperature", 1, "--top-k", 0), "--top-k 0 must be at least 1"),
         (("--top-p", 0.5), "they want a --temperature above 0"),

@@ -11,7 +11,7 @@ import pytest
 import torch
 from diffusers import TaylorSeerCacheConfig
 from peft import LoraConfig
-from PIL import Image
+from PIL import ExifTags, Image
 
 from echo4o_hf import Echo4oPipeline
 from echo4o_hf.cli import generate as generate_command
@@ -96,6 +96,31 @@ def test_lines_with_references_and_seeds(reference: Path, tmp_path: Path) -> Non
     assert np.abs(pixels(tmp_path / "alone.png") - pixels(out / "1_5.png")).max() <= 1
     Image.new("RGB", (48, 32), "blue").save(reference)
     assert generate("--prompts", path, "-o", out, *options) == 2  # another picture is another drawing
+
+
+def test_photographs_are_turned_upright(tmp_path: Path) -> None:
+    image = Image.linear_gradient("L").resize((48, 32))
+    turned = Image.Exif()
+    turned[ExifTags.Base.Orientation] = 6  # to be shown turned by 90 degrees clockwise
+    image.save(tmp_path / "upright.png")
+    image.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "photo.png", exif=turned)
+    rows = [{"prompt": "a star", "images": [f"{name}.png"], "seed": 0} for name in ("upright", "photo")]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert generate("--prompts", tmp_path / "prompts.jsonl", "-o", tmp_path / "out") == 0
+    assert np.array_equal(pixels(tmp_path / "out" / "1_0.png"), pixels(tmp_path / "out" / "2_0.png"))
+    assert generate("a star", "--image", tmp_path / "photo.png", "-o", tmp_path / "alone.png") == 0
+    assert np.array_equal(pixels(tmp_path / "out" / "1_0.png"), pixels(tmp_path / "alone.png"))
+
+
+@pytest.mark.parametrize("seeds", ["3-1", "0,7-6"])
+def test_a_range_of_seeds_that_ends_below_its_beginning(
+    seeds: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        generate("a star", "--seeds", seeds, "-o", tmp_path / "out")
+    assert stop.value.code == 2 and not (tmp_path / "out").exists()
+    part = seeds.rsplit(",")[-1]
+    assert f"'{part}' ends below where it begins; write {part[::-1]}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,8 @@ from .loading import add_loading_arguments, device_and_dtype, read_adapters
 if TYPE_CHECKING:
     from ..pipeline.pipeline_echo4o import Echo4oPipeline
 
+MIN_TEMPERATURE = 0.01  # as good as 0; logits that are divided by much less are infinite
+
 
 def _chat_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="pictures to ask about")
@@ -164,8 +166,8 @@ def _sampling(args: argparse.Namespace) -> dict[str, Any]:
     """Arguments of `generate`, from the options."""
     if args.max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens {args.max_new_tokens} must be at least 1")
-    if not 0 <= args.temperature < float("inf"):
-        raise ValueError(f"--temperature {args.temperature} must be 0 or more")
+    if not (args.temperature == 0 or MIN_TEMPERATURE <= args.temperature < float("inf")):
+        raise ValueError(f"--temperature {args.temperature} must be 0, or {MIN_TEMPERATURE} or more")
     if args.top_p is not None and not 0 < args.top_p <= 1:
         raise ValueError(f"--top-p {args.top_p} must be above 0, and 1 at most")
     if args.top_k is not None and args.top_k < 1:

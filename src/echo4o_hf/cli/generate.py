@@ -26,6 +26,8 @@ def seeds_of(text: str) -> list[int]:
         first, dash, last = part.partition("-")
         if not first.isdecimal() or bool(dash) != last.isdecimal():
             raise argparse.ArgumentTypeError(f"{text!r} is not like 7, 0,1,2 or 0-3")
+        if last and int(last) < int(first):
+            raise argparse.ArgumentTypeError(f"{part!r} ends below where it begins; write {last}-{first}")
         seeds += range(int(first), int(last or first) + 1)
     return seeds
 

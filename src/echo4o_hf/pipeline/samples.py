@@ -32,7 +32,7 @@ import diffusers
 import torch
 from accelerate import PartialState
 from diffusers import DiffusionPipeline, TaylorSeerCacheConfig
-from PIL import Image
+from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 
 from ..model.checkpoint import BUNDLED_NAMES
@@ -304,15 +304,14 @@ def load_pipeline(model: str, pipeline_class: type[DiffusionPipeline], dtype: to
 
 
 def read_picture(path: Path) -> Image.Image:
-    """A picture, read to its end.
+    """A picture, read to its end and turned upright: cameras store photographs sideways, with a note in EXIF.
 
     Raises:
         OSError: there is no such file, or it is no whole picture.
     """
     try:
         with Image.open(path) as image:
-            image.load()
-            return image
+            return ImageOps.exif_transpose(image)
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise OSError(f"{path} cannot be read as a picture: {error}") from error
 
