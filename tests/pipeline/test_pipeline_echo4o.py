@@ -8,6 +8,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from torch._dynamo.testing import CompileCounter
 
+from echo4o_hf.model.processing_bagel import BagelProcessor
 from echo4o_hf.pipeline.pipeline_echo4o import Echo4oPipeline, Echo4oPipelineOutput
 from echo4o_hf.pipeline.prompts import THINKING_PROMPT
 
@@ -267,8 +268,8 @@ def test_diffusers_loads_what_we_save(pipe, tmp_path):
         ({"prompt": 3}, "must be a string, got int"),
         ({"prompt": "a " * 200}, "prompt 0 needs 203 positions.*; the model has 128"),
         ({"prompt": ["a"] + ["a " * 130]}, "prompt 1 needs 133 positions"),
-        ({"image": [CAT] * 70}, "needs 144 positions, of them 140 for references .*; the model has 128"),
-        ({"thinking": True}, "1000 for thinking; the model has 128"),
+        ({"image": [CAT] * 70}, "needs 144 positions, of them 140 for references; the model has 128"),
+        ({"prompt": "a " * 100, "thinking": True}, "0 for references, and a plan; the model has 128"),
         ({"thinking": True, "max_think_tokens": 0}, "max_think_tokens=0"),
         ({"prompt": ["a", "a"], "image": [CAT, CAT]}, "2 images for 2 texts: pass a list of lists"),
         ({"image": np.zeros((4, 4, 3))}, "must be uint8"),
@@ -326,6 +327,36 @@ def test_a_callback_may_stop(pipe):
     assert not torch.equal(stopped, pipe("a cat", generator=seed(0), **FAST).images)
 
 
+def test_broken_latents_stop_the_run(pipe):
+    steps = []
+
+    def breaks(pipeline, step, timestep, tensors):
+        steps.append(step)
+        return {"latents": tensors["latents"] * (float("nan") if step == 2 else 1)}
+
+    with pytest.raises(ValueError, match="image 0 are NaN or infinite from update 3 of 8 on"):
+        pipe("a cat", callback_on_step_end=breaks, **{**FAST, "num_inference_steps": 40})
+    assert steps == list(range(8))
+
+
+def test_a_plan_fills_the_positions_that_are_left(pipe, monkeypatch):
+    settings = {"thinking": True, "max_think_tokens": 10**6, **FAST}
+    pipe.model.generation_config.suppress_tokens = pipe.processor.tokenizer.all_special_ids  # it would end by itself
+    prompts = ["a cat", "a " * 40]
+    left = pipe.positions_left([[prompt] for prompt in prompts], thinking=True)
+    assert left[1] == left[0] - 38
+    lengths = []
+
+    def decode(ids, **options):
+        lengths.extend((ids != pipe.processor.eos_token_id).sum(1).tolist())
+        return BagelProcessor.batch_decode(pipe.processor, ids, **options)
+
+    monkeypatch.setattr(pipe.processor, "batch_decode", decode)
+    plans = pipe(prompts, **settings).texts
+    assert lengths == left
+    assert plans == [pipe(prompt, **settings).texts[0] for prompt in prompts]
+
+
 def test_an_interrupted_plan_ends_there(pipe):
     settings = {"thinking": True, "max_think_tokens": 30, "generator": seed(0), **FAST}
     whole = pipe("a cat", **settings)
@@ -354,13 +385,44 @@ def test_compiled_layers_serve_all_updates_and_prompts(pipe):
     expected = [pipe(prompt, generator=seed(0), **settings).images for prompt in prompts]
     torch._dynamo.reset()
     graphs = CompileCounter()
-    pipe.compile(backend=graphs)
+    pipe.compile(backend=graphs, fullgraph=True)
     actual = [pipe(prompts[0], generator=seed(0), **settings).images]
     assert graphs.frame_count == 2  # with guidance, and without
     with torch._dynamo.config.patch(error_on_recompile=True):
         actual += [pipe(prompt, generator=seed(0), **settings).images for prompt in prompts[1:]]
     assert graphs.frame_count == 2
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
+
+
+def test_compiled_layers_serve_a_day_of_many_kinds(pipe):
+    """One graph more for a new kind, none for the next of that kind, and never an end to them."""
+    short, long, longer = "one", "a red circle", "a much longer prompt about two blue squares"
+    settings = {"height": 32, "width": 32, "num_inference_steps": 3, "output_type": "latent"}
+    settings["guidance_interval"] = (0.0, 1.0)
+    kinds = {
+        "one image": [{"prompt": short}, {"prompt": longer}],
+        "several": [{"prompt": short, "num_images_per_prompt": n} for n in (2, 3, 5)],
+        "other sizes": [{"prompt": short, "height": height} for height in (48, 64, 16)],
+        "references": [{"prompt": long, "image": [CAT] * n} for n in (1, 3)],
+        "several prompts": [{"prompt": [short, long]}, {"prompt": [long, longer]}],
+        "without guidance": [{"prompt": text, "guidance_scale": 1.0} for text in (short, longer)],
+    }
+    expected = [pipe(generator=seed(0), **{**settings, **call}).images for kind in kinds.values() for call in kind]
+    torch._dynamo.reset()
+    graphs = CompileCounter()
+    pipe.compile(backend=graphs, fullgraph=True)
+    actual, counts = [], []
+    for kind in kinds.values():
+        for call in kind:
+            actual.append(pipe(generator=seed(0), **{**settings, **call}).images)
+            counts.append(graphs.frame_count)
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
+    assert counts == [1, 1, 2, 2, 2, 3, 3, 3, 4, 4, 5, 5, 6, 6]
+
+    inputs = pipe.processor(text="a", images=[CAT], return_tensors="pt")
+    pipe.model.generate(**inputs, max_new_tokens=3)
+    pipe(short, thinking=True, max_think_tokens=5, **settings)
+    assert graphs.frame_count == 7  # texts are read and written uncompiled; the plan is a kind of its own
 
 
 def test_setting_the_attention_backend(pipe):

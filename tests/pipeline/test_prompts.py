@@ -80,6 +80,6 @@ def test_sizes_off_the_grid(height, width, message):
 
 def test_positions_are_counted_like_the_contexts_use_them():
     processor = make_processor(make_config())
-    assert count_positions(["a red cat"], processor, None) == 5 + 1
-    assert count_positions([CAT, "a", ROCKET, "cat"], processor, None) == 2 + 3 + 2 + 3 + 1
-    assert count_positions(["a"], processor, 10) == 3 + len(THINKING_PROMPT.split()) + 2 + 12 + 1
+    assert count_positions(["a red cat"], processor, thinking=False) == 5 + 1
+    assert count_positions([CAT, "a", ROCKET, "cat"], processor, thinking=False) == 2 + 3 + 2 + 3 + 1
+    assert count_positions(["a"], processor, thinking=True) == 3 + len(THINKING_PROMPT.split()) + 2 + 2 + 1

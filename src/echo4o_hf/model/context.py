@@ -89,6 +89,8 @@ class Branch(NamedTuple):
         )
         for states in (keys, values):  # compiled layers serve contexts of all lengths
             torch._dynamo.maybe_mark_dynamic(states, 2)
+        if isinstance(mask, Tensor):
+            torch._dynamo.maybe_mark_dynamic(mask, mask.dim() - 1)
         return cls(num_rows, keys, values, mask, has_room=True)
 
     def append(self, cached: Tensor, new: Tensor) -> Tensor:

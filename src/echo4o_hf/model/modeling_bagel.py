@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -135,7 +136,10 @@ class BagelAttention(nn.Module):
         """What the rows of one branch see: (rows, H, L, E) each -> (rows, L, H, E)."""
         if branch.keys is not None and branch.values is not None:
             k, v = branch.append(branch.keys, k), branch.append(branch.values, v)  # (rows, H, K + L, E)
-        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        backend = self.config._attn_implementation
+        if "flash" in (backend or "") and isinstance(branch.mask, Tensor) and branch.mask.dim() == 4:
+            backend = "sdpa"  # see `BagelForConditionalGeneration.attention_mask`
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(backend, eager_attention_forward)
         out: Tensor = attention(
             self, q, k, v, branch.mask, scaling=self.scaling, dropout=0.0, is_causal=branch.is_causal
         )[0]
@@ -172,6 +176,18 @@ class BagelDecoderLayer(GradientCheckpointingLayer):
         return understanding, generation, keys, values
 
 
+class BagelRotaryEmbedding(Qwen2RotaryEmbedding):
+    """Upstream's, but its frequencies stay float32 when the model is cast: in bfloat16, far positions would be wrong."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        exact = dict(self.named_buffers())
+        super()._apply(fn, recurse)
+        for name, buffer in self.named_buffers():
+            if buffer.dtype != exact[name].dtype:
+                setattr(self, name, exact[name].to(buffer.device))
+        return self
+
+
 class BagelTextModel(nn.Module):
     """Qwen2's decoder with a second set of weights for latents: upstream's has one stream."""
 
@@ -181,7 +197,7 @@ class BagelTextModel(nn.Module):
         self.layers = nn.ModuleList([BagelDecoderLayer(config) for _ in range(config.num_hidden_layers)])
         self.norm = Qwen2RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.norm_moe_gen = Qwen2RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.rotary_emb = Qwen2RotaryEmbedding(config)
+        self.rotary_emb = BagelRotaryEmbedding(config)
 
     def forward(
         self,
@@ -634,7 +650,9 @@ class BagelForConditionalGeneration(BagelPreTrainedModel, GenerationMixin):
         if position_ids is None:
             real = torch.cat([past, segment_ids != PADDING], dim=1)
             position_ids = (real.cumsum(1) - 1).clamp(min=0)[:, cached:]
-        mask, is_causal = self.attention_mask(past, segment_ids, roles, sample_ids, understanding.dtype)
+        mask, is_causal = self.attention_mask(
+            past, segment_ids, roles, sample_ids, understanding.dtype, dense_for_flash=update_cache
+        )
         text_model = self.language_model.model
         branches = [
             [Branch(batch, *_past(past_key_values, layer), mask, is_causal)] for layer in range(len(text_model.layers))
@@ -648,15 +666,24 @@ class BagelForConditionalGeneration(BagelPreTrainedModel, GenerationMixin):
         )
 
     def attention_mask(
-        self, past: Tensor, segment_ids: Tensor, roles: Tensor, sample_ids: Tensor, dtype: torch.dtype
+        self,
+        past: Tensor,
+        segment_ids: Tensor,
+        roles: Tensor,
+        sample_ids: Tensor,
+        dtype: torch.dtype,
+        dense_for_flash: bool = False,
     ) -> tuple[Any, bool]:
         """The mask in the form that the attention backend takes, and whether it is causal instead.
 
         A token sees the cache, the earlier segments of its sample that are no target, and its own segment: all of an
         image, the past of a text (official `create_sparse_mask`).
 
+        Flash attention has no mask for rows that mix texts and images. With `dense_for_flash`, for prompts, they get
+        that of sdpa, which then attends; packs for training are too long for it.
+
         Raises:
-            ValueError: Flash attention is set and the rows mix texts and images: it has no such mask.
+            ValueError: Flash attention is set and the rows mix texts and images, without `dense_for_flash`.
         """
         (batch, cached), length = past.shape, segment_ids.shape[1]
         backend = cast(Qwen2Config, self.config.text_config)._attn_implementation
@@ -667,11 +694,13 @@ class BagelForConditionalGeneration(BagelPreTrainedModel, GenerationMixin):
         if unpadded and one_segment and sees_all:
             return None, False
         if "flash" in (backend or ""):
-            if not one_segment or not (sees_all or bool((roles == TEXT).all())):
+            if one_segment and (sees_all or bool((roles == TEXT)[real].all())):
+                return None if unpadded else torch.cat([past, real], dim=1), not sees_all
+            if not dense_for_flash:
                 raise ValueError(
                     f"attn_implementation={backend!r} cannot mix segments in one call; use flex_attention or sdpa"
                 )
-            return None if unpadded else torch.cat([past, real], dim=1), not sees_all
+            backend = "sdpa"
 
         def visible(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
             q, k = query - cached, (key - cached).clamp(min=0)
@@ -705,6 +734,11 @@ class BagelForConditionalGeneration(BagelPreTrainedModel, GenerationMixin):
 
     # ------------------------------------------------------------------------------------------------- inference
 
+    def reading(self) -> AbstractContextManager[Any]:
+        """Layers that were compiled to draw run uncompiled within: texts are of any length, and each would compile."""
+        is_compiled = self.language_model.model.layers[0]._compiled_call_impl is not None
+        return torch.compiler.set_stance("force_eager") if is_compiled else nullcontext()
+
     def prefill(self, context: Context, segments: Sequence[Segment | None]) -> Context:
         """Append one segment per row (None appends nothing) and return the new context.
 
@@ -716,13 +750,14 @@ class BagelForConditionalGeneration(BagelPreTrainedModel, GenerationMixin):
         )
         # Not self.device: an offloaded model is moved when it is called.
         inputs = {name: value.to(context.attention_mask.device) for name, value in batch.items()}
-        output = self(
-            **inputs,
-            attention_mask=context.attention_mask,
-            past_key_values=context.cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
+        with self.reading():
+            output = self(
+                **inputs,
+                attention_mask=context.attention_mask,
+                past_key_values=context.cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
         advance = [0 if segment is None else segment.rope_advance for segment in segments]
         return Context(
             output.past_key_values,
@@ -785,6 +820,15 @@ class BagelForConditionalGeneration(BagelPreTrainedModel, GenerationMixin):
         velocity: Tensor = self.llm2vae(hidden).float()
         return velocity
 
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Write text, as in transformers, with a dynamic cache.
+
+        Raises:
+            ValueError: Another cache, none, or assisted generation.
+        """
+        with self.reading():
+            return super().generate(*args, **kwargs)
+
     def generate_from(self, context: Context, max_new_tokens: int, **kwargs: Any) -> Tensor:
         """Write text after a context, which stays as it is: ids (batch, at most max_new_tokens).
 
@@ -811,12 +855,21 @@ class BagelForConditionalGeneration(BagelPreTrainedModel, GenerationMixin):
         self, *args: Any, is_first_iteration: bool | None = False, **kwargs: Any
     ) -> dict[str, Any]:
         """The tensors that describe segments and images belong to the first step; what follows is text."""
+        cache = kwargs.get("past_key_values")
+        if not isinstance(cache, DynamicCache):
+            raise ValueError(
+                f"texts are written with a DynamicCache, not with {type(cache).__name__}: leave use_cache and "
+                "cache_implementation at their defaults"
+            )
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(
             *args, is_first_iteration=is_first_iteration, **kwargs
         )
+        segment_ids = inputs.get("segment_ids")
         if not is_first_iteration:
             for name in ("segment_ids", "roles", "sample_ids", "vision_mask", "pixel_values", "vision_grids"):
                 inputs.pop(name, None)
+        elif segment_ids is not None and segment_ids.shape[1] != inputs["input_ids"].shape[1]:
+            raise ValueError("assisted generation (assistant_model, prompt_lookup_num_tokens) needs a prompt of text")
         return inputs
 
 

@@ -48,9 +48,13 @@ class Denoiser:
         self.guidances = [guidances[owner] for owner in owners]  # of each image
         self.cache = cache
         self._prepared: tuple[tuple[Rows, Rows], NoisyBlock] | None = None
-        lengths = torch.tensor([rows * columns for rows, columns in grids])
-        self._mask = torch.arange(int(lengths.max())) < lengths[:, None]  # (B, N)
-        self._is_padded = not bool(self._mask.all())
+        self._indices: dict[Rows, Tensor] = {}
+        lengths = [rows * columns for rows, columns in grids]
+        self._num_tokens = max(lengths)
+        self._mask: Tensor | None = None  # (B, N), False on padding
+        if min(lengths) < self._num_tokens:
+            real = torch.arange(self._num_tokens) < torch.tensor(lengths)[:, None]
+            self._mask = real.to(contexts.conditional.attention_mask.device)
 
     @torch.no_grad()
     def __call__(self, latents: Tensor, timestep: Tensor) -> Tensor:
@@ -58,7 +62,7 @@ class Denoiser:
 
         Args:
             latents: (B, N, D).
-            timestep: in [0, 1], the scheduler's sigma.
+            timestep: in [0, 1], the scheduler's sigma, on the CPU.
         """
         images = range(len(self.owners))
         active = [row for row in images if self.guidances[row].is_active(timestep)]
@@ -71,32 +75,33 @@ class Denoiser:
         velocities = self._velocities(latents, timestep, text_rows, image_rows)
         velocity, of_text, of_images = velocities.split([len(images), len(text_rows), len(image_rows)])
 
-        without_text, without_images = _replaced(velocity, text_rows, of_text), velocity
-        if image_rows:
-            without_images = _replaced(velocity, image_rows, of_images)
-        mask = self._mask.to(latents.device) if self._is_padded else None
+        without_text = self._replace(velocity, text_rows, of_text)
+        without_images = self._replace(velocity, image_rows, of_images)
         guided = velocity
         for guidance in dict.fromkeys(self.guidances[row] for row in active):
             chosen = tuple(row for row in active if self.guidances[row] == guidance)
             of_chosen = guide(
-                _rows(velocity, chosen),
-                _rows(without_text, chosen),
-                _rows(without_images, chosen),
+                self._select(velocity, chosen),
+                self._select(without_text, chosen),
+                self._select(without_images, chosen),
                 guidance,
-                None if mask is None else _rows(mask, chosen),
+                None if self._mask is None else self._select(self._mask, chosen),
             )
-            guided = _replaced(guided, chosen, of_chosen)
-        return guided if mask is None else guided.masked_fill(~mask[..., None], 0)
+            guided = self._replace(guided, chosen, of_chosen)
+        return guided if self._mask is None else guided.masked_fill(~self._mask[..., None], 0)
 
     def _velocities(self, latents: Tensor, timestep: Tensor, text_rows: Rows, image_rows: Rows) -> Tensor:
         """Of the images, then of the rows without text and without images: (rows, N, D)."""
         images = range(len(self.owners))
-        rows = [*images, *text_rows, *image_rows]
 
         def evaluate() -> Tensor:
             block = self._prepare(text_rows, image_rows)
-            of_rows = latents if len(rows) == len(images) else latents[rows]
-            return self.model.predict_velocity(of_rows, timestep.to(latents.device).expand(len(rows)), block)
+            of_rows = latents
+            if text_rows or image_rows:
+                of_rows = torch.cat([latents, *(self._select(latents, rows) for rows in (text_rows, image_rows))])
+            # Filled on the device: a copy to it would wait for what it still computes.
+            timesteps = torch.full((len(of_rows),), timestep.item(), device=latents.device)
+            return self.model.predict_velocity(of_rows, timesteps, block)
 
         if self.cache is None:
             return evaluate()
@@ -113,16 +118,18 @@ class Denoiser:
                 self.owners, [self.owners[row] for row in text_rows], [self.owners[row] for row in image_rows]
             )
             grids = [self.grids[row] for row in (*range(len(self.grids)), *text_rows, *image_rows)]
-            self._prepared = key, self.model.prepare_noisy_block(contexts, grids, self._mask.shape[1])
+            self._prepared = key, self.model.prepare_noisy_block(contexts, grids, self._num_tokens)
         return self._prepared[1]
 
+    def _select(self, x: Tensor, rows: Rows) -> Tensor:
+        return x if len(rows) == len(x) else x[:0] if not rows else x[self._index(rows)]
 
-def _rows(x: Tensor, rows: Rows) -> Tensor:
-    return x if len(rows) == len(x) else x[list(rows)]
+    def _replace(self, x: Tensor, rows: Rows, new: Tensor) -> Tensor:
+        """`x` with other values in some rows."""
+        return new if len(rows) == len(x) else x if not rows else x.index_copy(0, self._index(rows), new)
 
-
-def _replaced(x: Tensor, rows: Rows, new: Tensor) -> Tensor:
-    """`x` with other values in some rows."""
-    if len(rows) == len(x):
-        return new
-    return x.index_copy(0, torch.tensor(rows, device=x.device, dtype=torch.long), new) if rows else x
+    def _index(self, rows: Rows) -> Tensor:
+        """On the device, brought there once."""
+        if rows not in self._indices:
+            self._indices[rows] = torch.tensor(rows, device=self.contexts.conditional.attention_mask.device)
+        return self._indices[rows]

@@ -44,6 +44,7 @@ from .memory import with_advice
 from .prompts import THINKING_PROMPT, Item, count_positions, last_image, latent_grid, read_prompts
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+UPDATES_PER_CHECK = 8  # reading a device's memory waits for all that it still computes
 HUB_OPTIONS = ("cache_dir", "token", "local_files_only", "force_download")
 
 
@@ -171,14 +172,15 @@ class Echo4oPipeline(LoraMixin, StepCacheMixin, DiffusionPipeline):
     def compile(self, **options: Any) -> None:
         """Compile the layers that denoise images, with `torch.compile`.
 
-        One graph serves all layers, all updates and prompts of any length; another number of images, and updates
-        without guidance, make their own. Prompts and references are still read uncompiled, as each has its length.
+        One graph serves all layers, all updates and prompts of any length. The second number of images, or size,
+        makes one for all numbers or sizes; references, updates without guidance, another dtype, attention or adapter
+        make their own. Texts and references are still read, and texts written, uncompiled.
 
         Args:
-            **options: of `torch.compile`; `fullgraph=True` by default.
+            **options: of `torch.compile`.
         """
         for layer in self.model.language_model.model.layers:
-            layer.compile(**{"fullgraph": True, **options})
+            layer.compile(**{"recompile_limit": 64, **options})
 
     @with_advice
     @torch.no_grad()
@@ -223,7 +225,7 @@ class Echo4oPipeline(LoraMixin, StepCacheMixin, DiffusionPipeline):
                 references, "global" without.
             guidance_renorm_min: the guided velocity is not shrunk by a smaller factor.
             thinking: let the model write a plan first, which the image then follows.
-            max_think_tokens: tokens of the plan at most.
+            max_think_tokens: tokens of the plan at most, or as many as the model has positions left.
             num_images_per_prompt: images of each prompt, in a row in the output.
             generator: of the noise; one, or one per image.
             latents: initial noise (B, N, D), tokens row by row; shorter images padded at the end.
@@ -255,7 +257,7 @@ class Echo4oPipeline(LoraMixin, StepCacheMixin, DiffusionPipeline):
             prompts,
             grids,
             num_inference_steps,
-            max_think_tokens if thinking else None,
+            thinking,
             generator,
             latents,
             output_type,
@@ -265,8 +267,7 @@ class Echo4oPipeline(LoraMixin, StepCacheMixin, DiffusionPipeline):
 
         # 2. Read references and prompts, once each.
         self._interrupt = False
-        with torch.compiler.set_stance("force_eager"):  # a prompt's length is seldom met twice
-            contexts = self.encode_contexts(prompts, max_think_tokens if thinking else None)
+        contexts = self.encode_contexts(prompts, max_think_tokens if thinking else None)
 
         # 3. Draw the noise.
         latents = self.prepare_latents(grids, generator, latents)
@@ -277,7 +278,7 @@ class Echo4oPipeline(LoraMixin, StepCacheMixin, DiffusionPipeline):
         # 5. Integrate the velocity from noise to data.
         owners = [index // num_images_per_prompt for index in range(len(grids))]  # the prompt of each image
         denoiser = Denoiser(self.model, contexts, owners, grids, guidances, self._new_step_cache())
-        finite_until = torch.zeros(len(grids), dtype=torch.long, device=latents.device)  # read once, at the end
+        finite_until = torch.zeros(len(grids), dtype=torch.long, device=latents.device)
         steps_done = 0
         with self.progress_bar(total=len(timesteps)) as progress_bar:
             for step, timestep in enumerate(timesteps):
@@ -291,6 +292,8 @@ class Echo4oPipeline(LoraMixin, StepCacheMixin, DiffusionPipeline):
                 finite_until += latents.isfinite().all(dim=2).all(dim=1)
                 steps_done += 1
                 progress_bar.update()
+                if steps_done % UPDATES_PER_CHECK == 0:
+                    self.check_finite(finite_until.tolist(), steps_done)
         self.check_finite(finite_until.tolist(), steps_done)
 
         # 6. Decode.
@@ -319,7 +322,7 @@ class Echo4oPipeline(LoraMixin, StepCacheMixin, DiffusionPipeline):
         prompts: list[list[Item]],
         grids: list[Grid],
         num_inference_steps: int,
-        max_think_tokens: int | None,
+        thinking: bool,
         generator: torch.Generator | Sequence[torch.Generator] | None,
         latents: Tensor | None,
         output_type: str,
@@ -337,15 +340,19 @@ class Echo4oPipeline(LoraMixin, StepCacheMixin, DiffusionPipeline):
         check_generator(generator, len(grids))
         most_tokens = max(rows * columns for rows, columns in grids)
         check_latents(latents, (len(grids), most_tokens, self.model.config.latent_dim))
-        limit = self.model.config.text_config.max_position_embeddings  # type: ignore[union-attr]
-        for index, items in enumerate(prompts):
-            count = count_positions(items, self.processor, max_think_tokens)
-            if count > limit:
-                num_references = sum(not isinstance(item, str) for item in items)
+        for index, left in enumerate(self.positions_left(prompts, thinking)):
+            if left < thinking:
+                limit = self.model.config.text_config.max_position_embeddings  # type: ignore[union-attr]
+                num_references = sum(not isinstance(item, str) for item in prompts[index])
                 raise ValueError(
-                    f"prompt {index} needs {count} positions, of them {2 * num_references} for references and "
-                    f"{max_think_tokens or 0} for thinking; the model has {limit}: shorten it"
+                    f"prompt {index} needs {limit - left} positions, of them {2 * num_references} for references"
+                    f"{', and a plan' * thinking}; the model has {limit}: shorten it"
                 )
+
+    def positions_left(self, prompts: list[list[Item]], thinking: bool) -> list[int]:
+        """Of each prompt and its image, how many of the model's positions are free for a plan."""
+        limit: int = self.model.config.text_config.max_position_embeddings  # type: ignore[union-attr]
+        return [limit - count_positions(items, self.processor, thinking) for items in prompts]
 
     @with_advice
     @torch.no_grad()
@@ -399,7 +406,7 @@ class Echo4oPipeline(LoraMixin, StepCacheMixin, DiffusionPipeline):
 
         plans = None
         if max_think_tokens is not None:
-            plans = self.think(conditional, max_think_tokens)
+            plans = self.think(conditional, [min(max_think_tokens, n) for n in self.positions_left(prompts, thinking)])
             segments = [[self.processor.text_segment(plan)] if plan else [] for plan in plans]
             conditional = self.prefill(conditional, segments)
         has_plan = [bool(plan) for plan in plans or [""] * len(rows)]
@@ -418,16 +425,22 @@ class Echo4oPipeline(LoraMixin, StepCacheMixin, DiffusionPipeline):
             context = self.model.prefill(context, segments)
         return context
 
-    def think(self, context: Context, max_think_tokens: int) -> list[str]:
+    def think(self, context: Context, max_tokens: Sequence[int]) -> list[str]:
         """The plan that the model writes after each row of the context, without sampling, until interrupted."""
         end = self.processor.eos_token_id
+        limits = torch.tensor(max_tokens, device=context.attention_mask.device)
+        before = len(context) + 1  # `generate_from` puts an id for each cached token, and the first
+
+        def is_done(ids: Tensor, scores: Any, **_: Any) -> Tensor:
+            return (ids.shape[1] - before >= limits) | self.interrupt
+
         ids = self.model.generate_from(
             context,
-            max_think_tokens,
+            max(max_tokens),
             do_sample=False,
             eos_token_id=end,
             pad_token_id=end,
-            stopping_criteria=[lambda ids, scores, **_: ids.new_full((len(ids),), self.interrupt, dtype=torch.bool)],
+            stopping_criteria=[is_done],
         )
         return [text.strip() for text in self.processor.batch_decode(ids, skip_special_tokens=True)]
 

@@ -116,10 +116,9 @@ def check_request(
         every["guidance_renorm"],
         every["guidance_renorm_min"],
     )
-    plan = every["max_think_tokens"] if every["thinking"] else None
-    positions = count_positions([request.prompt], processor, plan) + 2 * len(request.references)
+    positions = count_positions([request.prompt], processor, every["thinking"]) + 2 * len(request.references)
     limit = config.text_config.max_position_embeddings  # type: ignore[union-attr]
-    if positions > limit:
+    if positions + every["thinking"] > limit:  # a plan needs one at least
         raise ValueError(f"the prompt needs {positions} positions, the model has {limit}: shorten it")
 
 

@@ -88,7 +88,7 @@ def latent_grid(reference: Image.Image | None, height: int | None, width: int | 
     return tokens[0], tokens[1]
 
 
-def count_positions(items: Sequence[Item], processor: BagelProcessor, max_think_tokens: int | None) -> int:
+def count_positions(items: Sequence[Item], processor: BagelProcessor, thinking: bool) -> int:
     """Rope positions of a prompt and its image: one per token of text, two per reference, one for the image.
 
     Positions are what is limited, not tokens, as in the official code: four large references are more tokens than
@@ -97,15 +97,15 @@ def count_positions(items: Sequence[Item], processor: BagelProcessor, max_think_
     Args:
         items: the prompt.
         processor: counts the tokens.
-        max_think_tokens: length of the plan; None without thinking.
+        thinking: count what asks for a plan and surrounds it, but not the plan.
     """
     texts = [item for item in items if isinstance(item, str)]
     num_references = len(items) - len(texts)
-    num_thinking = 0
-    if max_think_tokens is not None:
+    num_others = 2 * num_references + 1
+    if thinking:
         texts.append(THINKING_PROMPT)
-        num_thinking = max_think_tokens + 2
-    return sum(len(processor.text_segment(text).input_ids) for text in texts) + 2 * num_references + num_thinking + 1
+        num_others += 2
+    return sum(len(processor.text_segment(text).input_ids) for text in texts) + num_others
 
 
 def _read_item(item: Any, resize: Callable[[ImageLike], Image.Image]) -> Item:
