@@ -98,6 +98,23 @@ def test_lines_with_references_and_seeds(reference: Path, tmp_path: Path) -> Non
     assert generate("--prompts", path, "-o", out, *options) == 2  # another picture is another drawing
 
 
+def test_references_are_known_by_their_content(
+    reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("a star", "--seeds", "0", "-o", tmp_path / "out", "--image")
+    monkeypatch.chdir(tmp_path)
+    assert generate(*arguments, "red.png") == 0
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    capsys.readouterr()
+    assert generate(*arguments, "../red.png") == 0
+    assert capsys.readouterr().out.startswith("0 drawn, 1 were there already\n")
+    assert lines(tmp_path / "out")[0]["parameters"]["image"][0]["file"] == "red.png"
+    Image.new("RGB", (48, 32), "blue").save(reference)
+    assert generate(*arguments, "../red.png") == 2
+    assert 'drawn with image=[{"file": "red.png", "sha256": ' in capsys.readouterr().err
+
+
 def test_photographs_are_turned_upright(tmp_path: Path) -> None:
     image = Image.linear_gradient("L").resize((48, 32))
     turned = Image.Exif()
@@ -167,7 +184,7 @@ def test_a_bad_line_is_found_before_the_model_is_loaded(
     assert "Loading weights" not in output and not (tmp_path / "out").exists()
 
 
-def test_adapters_and_attention(tmp_path: Path) -> None:
+def test_adapters_and_attention(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pipe = Echo4oPipeline.from_pretrained(MODEL)
     torch.manual_seed(0)
     values = ["v_proj_moe_gen", "o_proj_moe_gen"]  # which change more than where a token looks
@@ -188,6 +205,13 @@ def test_adapters_and_attention(tmp_path: Path) -> None:
     assert lines(tmp_path / "all")[0]["lora"] == [[str(tmp_path / "lora"), 1.0]]
     assert lines(tmp_path / "eager")[0]["attention"] == "eager"
     assert generate("a star", "--seeds", "0", "-o", tmp_path / "all") == 2  # drawn with an adapter, now without
+    again = ("a star", "--seeds", "0", "-o", tmp_path / "all", "--lora", tmp_path / "lora")
+    assert generate(*again) == 0
+    pipe.model.add_adapter(LoraConfig(r=8, target_modules=values, init_lora_weights=False), "other")
+    pipe.save_lora_weights(tmp_path / "lora", "other")
+    capsys.readouterr()
+    assert generate(*again) == 2
+    assert "1_0.png was drawn with other weights than" in capsys.readouterr().err
 
 
 def test_cached(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

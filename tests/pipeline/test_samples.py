@@ -1,7 +1,9 @@
 """Folders of samples: noise of their own, any pipeline, any number of processes, resumed but never mixed."""
 
+import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +12,7 @@ import pytest
 import torch
 from datasets import load_dataset
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMPipeline, StableDiffusionPipeline, UNet2DConditionModel
+from peft import LoraConfig
 from PIL import Image, PngImagePlugin
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -174,6 +177,70 @@ def test_pictures_of_other_settings_are_never_mixed(change: dict, message: str, 
     with pytest.raises(ValueError, match=f"0_0.png was drawn with {message}"):
         draw_samples(Source(model, change.pop("dtype", "float32")), **{**given, **change})
     assert (tmp_path / "out" / "0_0.png").read_bytes() == before
+
+
+def save_adapter(pipe: Echo4oPipeline, folder: Path, seed: int) -> None:
+    torch.manual_seed(seed)
+    config = LoraConfig(r=2, target_modules=["o_proj_moe_gen"], init_lora_weights=False)
+    pipe.model.add_adapter(config, f"seed_{seed}")
+    pipe.save_lora_weights(folder, f"seed_{seed}")
+
+
+def without_text(path: Path, name: str) -> None:
+    """A picture as it was when this text was not yet written."""
+    text = PngImagePlugin.PngInfo()
+    with Image.open(path) as image:
+        for key, value in image.text.items():
+            if key != name:
+                text.add_text(key, value)
+        image.save(path, pnginfo=text)
+
+
+def test_an_adapter_is_known_by_its_weights(pipe: Echo4oPipeline, model: str, tmp_path: Path) -> None:
+    lora, moved, folder = tmp_path / "lora", tmp_path / "moved", tmp_path / "out"
+
+    def draw(adapter: Path, scale: float = 1.0) -> Drawn:
+        return draw_samples(Source(model, loras=((str(adapter), scale),)), {0: "a cat"}, folder, arguments=FAST)
+
+    save_adapter(pipe, lora, 0)
+    assert draw(lora) == Drawn(1, 0)
+    files = ["adapter_config.json", "adapter_model.safetensors"]
+    expected = hashlib.sha256(b"".join((lora / name).read_bytes() for name in files)).hexdigest()
+    assert lines(folder)[0]["lora_sha256"] == [expected] and lines(folder)[0]["lora"] == [[str(lora), 1.0]]
+    shutil.copytree(lora, moved)
+    assert draw(moved) == Drawn(0, 1)
+    with pytest.raises(ValueError, match=r'lora=\[\["[^"]*lora", 1.0\]\], now it is \[\["[^"]*lora", 0.5\]\]'):
+        draw(lora, 0.5)
+    save_adapter(pipe, lora, 1)  # trained on, into the same folder
+    with pytest.raises(
+        ValueError, match="0_0.png was drawn with other weights than .*lora has now: name another fold"
+    ):
+        draw(lora)
+    settings = json.loads((moved / files[0]).read_text())
+    (moved / files[0]).write_text(json.dumps({**settings, "lora_alpha": 99}))
+    with pytest.raises(ValueError, match="other weights than .*moved has now"):
+        draw(moved)
+    without_text(folder / "0_0.png", "lora_sha256")
+    with pytest.raises(ValueError, match="0_0.png does not say which weights of .*lora it was drawn with: name anoth"):
+        draw(lora)
+
+
+def test_a_model_that_was_trained_on_in_its_folder(pipe: Echo4oPipeline, model: str, tmp_path: Path) -> None:
+    given = {"prompts": {0: "a cat"}, "folder": tmp_path / "out", "arguments": FAST}
+    draw_samples(Source(model), **given)
+    (Path(model) / "checkpoint-1").mkdir()
+    (Path(model) / "checkpoint-1" / "model.safetensors").write_bytes(b"of a training")
+    shutil.copytree(model, tmp_path / "copy")
+    shutil.rmtree(model)
+    shutil.move(tmp_path / "copy", model)  # the same weights with other dates
+    assert draw_samples(Source(model), **given) == Drawn(0, 1)
+    with torch.no_grad():
+        pipe.model.language_model.model.layers[1].self_attn.o_proj_moe_gen.weight.mul_(1.01)
+    pipe.save_pretrained(model)
+    with pytest.raises(ValueError, match="0_0.png was drawn with other weights than .*model has now: name another"):
+        draw_samples(Source(model), **given)
+    without_text(tmp_path / "out" / "0_0.png", "model_fingerprint")  # an older picture is known by the name alone
+    assert draw_samples(Source(model), **given) == Drawn(0, 1)
 
 
 def test_pictures_of_others_are_left_alone(model: str, tmp_path: Path) -> None:

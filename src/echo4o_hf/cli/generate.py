@@ -280,7 +280,7 @@ def _generate_prompt(args: argparse.Namespace, given: dict[str, Any]) -> None:
 
     (request,) = _requests(args, given)
     source = _source(args)
-    more = source.extras()
+    more = {**source.extras(), **source.fingerprints()}
     pipe = source.load(Echo4oPipeline)
     pipe.set_progress_bar_config(disable=False)
     result = pipe(

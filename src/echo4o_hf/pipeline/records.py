@@ -17,9 +17,20 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 COMPARED = ("prompt", "model", "pipeline", "seed", "parameters", "dtype")  # with another one, it is another picture
-COMPARED_IF_ANY = ("lora", "cache_interval")  # likewise, and not all pictures have them
-# Of the PNG texts, those not plain.
-JSON_TEXTS = ("number", "sample", "seed", "parameters", "lora", "compiled", "cache_interval", "nsfw_content_detected")
+COMPARED_IF_ANY = ("cache_interval", "quantization")  # likewise, and not all pictures have them
+JSON_TEXTS = (  # of the PNG texts, those not plain
+    "number",
+    "sample",
+    "seed",
+    "parameters",
+    "lora",
+    "lora_sha256",
+    "compiled",
+    "offload",
+    "cache_interval",
+    "nsfw_content_detected",
+)
+WHAT_TO_DO = "name another folder, or remove the pictures"
 
 _NAME = re.compile(r"([0-9]+)_([0-9]+)\.png")
 
@@ -27,8 +38,11 @@ _NAME = re.compile(r"([0-9]+)_([0-9]+)\.png")
 def is_drawn(path: Path, wanted: Mapping[str, Any]) -> bool:
     """Whether a picture is there, whole and drawn as the record says.
 
+    References and adapters are the same wherever they lie, if their hashes are. The weights of a model are compared
+    where both records know them, beside its name.
+
     Raises:
-        ValueError: it was drawn with other settings.
+        ValueError: it was drawn with other settings or weights.
     """
     there = read_record(path)
     if there is None:
@@ -41,12 +55,36 @@ def is_drawn(path: Path, wanted: Mapping[str, Any]) -> bool:
     ]
     pairs += [(name, before.get(name), now.get(name)) for name in {**now, **before}]
     for name, old, new in pairs:
-        if old != new:
-            raise ValueError(
-                f"{path} was drawn with {name}={json.dumps(old)}, now it is {json.dumps(new)}: "
-                "name another folder, or remove the pictures"
-            )
+        if _without_places(old) != _without_places(new):
+            raise _difference(path, name, old, new)
+    _check_adapters(path, there, wanted)
+    old, new = there.get("model_fingerprint"), wanted.get("model_fingerprint")
+    if old and new and old != new:
+        raise ValueError(f"{path} was drawn with other weights than {wanted['model']} has now: {WHAT_TO_DO}")
     return True
+
+
+def _without_places(value: Any) -> Any:
+    """References as their hashes; other values as they are."""
+    if isinstance(value, list) and all(isinstance(one, dict) and "sha256" in one for one in value):
+        return [one["sha256"] for one in value]
+    return value
+
+
+def _check_adapters(path: Path, there: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    before, now = there.get("lora", []), wanted.get("lora", [])
+    if [scale for _, scale in before] != [scale for _, scale in now]:
+        raise _difference(path, "lora", before or None, now or None)
+    if not now or there.get("lora_sha256") == wanted["lora_sha256"]:
+        return
+    names = ", ".join(str(name) for name, _ in now)
+    if "lora_sha256" not in there:
+        raise ValueError(f"{path} does not say which weights of {names} it was drawn with: {WHAT_TO_DO}")
+    raise ValueError(f"{path} was drawn with other weights than {names} has now: {WHAT_TO_DO}")
+
+
+def _difference(path: Path, name: str, old: Any, new: Any) -> ValueError:
+    return ValueError(f"{path} was drawn with {name}={json.dumps(old)}, now it is {json.dumps(new)}: {WHAT_TO_DO}")
 
 
 def read_record(path: Path) -> dict[str, Any] | None:

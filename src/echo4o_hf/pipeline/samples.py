@@ -4,8 +4,8 @@ A folder of samples holds `{number}_{sample}.png`, the number being that of the 
 line per picture:
     {"file_name": "17_0.png", "prompt": "…", "number": 17, "sample": 0, "model": "…", "pipeline": "Echo4oPipeline",
      "seed": 0, "parameters": {…}, "dtype": "bfloat16", "device": "cuda", "software": "…"}
-and `lora`, `attention`, `compiled`, `cache_interval` where there are such; of references, `parameters` holds names and
-hashes.
+and `lora`, `attention`, `compiled`, `cache_interval`, `quantization`, `offload` where there are such; of references,
+`parameters` holds names and hashes, `lora_sha256` is of the adapters, `model_fingerprint` of a model in a folder.
 The lines are copies of what each picture says in its PNG text; `file_name` is what `load_dataset("imagefolder")`
 wants. Where a pipeline says more about a picture (Echo-4o its plan, a safety checker its finding), that is added.
 
@@ -36,6 +36,7 @@ from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 
 from ..model.checkpoint import BUNDLED_NAMES
+from .fingerprints import adapter_sha256, model_fingerprint
 from .pipeline_echo4o import Echo4oPipeline
 from .records import JSON_TEXTS, is_drawn, save_png, write_metadata
 
@@ -161,6 +162,18 @@ class Source:
         }
         return {name: value for name, value in every.items() if value}
 
+    def fingerprints(self) -> dict[str, Any]:
+        """What tells the weights from others that have these names, as far as that can be known without loading.
+
+        Raises:
+            OSError: there is no such adapter.
+        """
+        every = {
+            "lora_sha256": [adapter_sha256(adapter) for adapter, _ in self.loras],
+            "model_fingerprint": model_fingerprint(self.model),
+        }
+        return {name: value for name, value in every.items() if value}
+
 
 class Drawn(NamedTuple):
     """How many pictures of this process's share were drawn, and how many were there already."""
@@ -210,7 +223,7 @@ def draw_missing(samples: Sequence[Sample], folder: Path, source: Source, batch_
         batch_size: Pictures at the same time.
 
     Raises:
-        OSError: the checkpoint cannot be read, or a picture not be written.
+        OSError: the checkpoint or an adapter cannot be read, or a picture not be written.
         ValueError: a number below 1, an argument that the pipeline does not take, or a picture in `folder` that was
             drawn with other settings.
         KeyboardInterrupt: with how many pictures there are; all of them are whole.
@@ -218,7 +231,7 @@ def draw_missing(samples: Sequence[Sample], folder: Path, source: Source, batch_
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be at least 1")
     pipeline_class = find_pipeline_class(source.model)
-    settings = source.settings(pipeline_class)
+    settings = {**source.settings(pipeline_class), **source.fingerprints()}
     records = {sample.file_name: _record(sample, settings, pipeline_class) for sample in samples}
     state = PartialState(cpu=torch.device(source.device).type == "cpu")
     folder.mkdir(parents=True, exist_ok=True)
