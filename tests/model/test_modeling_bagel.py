@@ -171,6 +171,15 @@ def test_bfloat16_is_close_to_float32(model, segments):
     assert (rounded - exact).norm() / exact.norm() < 0.05
 
 
+def test_casting_leaves_the_frequencies_of_rope_exact(model):
+    rotary = model.language_model.model.rotary_emb
+    exact = {name: buffer.clone() for name, buffer in rotary.named_buffers()}
+    for cast in (lambda: model.to(torch.bfloat16), model.half, lambda: model.to("cpu", torch.float64), model.float):
+        cast()
+        assert all(torch.equal(buffer, exact[name]) for name, buffer in rotary.named_buffers())
+        assert rotary.inv_freq.dtype == torch.float32
+
+
 def test_generate_in_a_left_padded_batch_equals_single_rows(components, model):
     processor = components["processor"]
     processor.image_processor = BagelImageProcessor.from_bagel_config(model.config)

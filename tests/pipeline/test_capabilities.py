@@ -96,6 +96,20 @@ def test_streams_give_the_text_that_is_returned(pipe, capsys):
     assert "".join(pieces).split() == expected.split()
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"use_cache": False}, "with a DynamicCache, not with NoneType: leave use_cache"),
+        ({"cache_implementation": "static"}, "with a DynamicCache, not with StaticCache"),
+        ({"prompt_lookup_num_tokens": 3}, "assisted generation .* needs a prompt of text"),
+    ],
+)
+def test_ways_to_write_that_lose_the_pictures_are_refused(pipe, options, message):
+    inputs = pipe.processor(text="a red cat", images=[CAT])
+    with pytest.raises(ValueError, match=message):
+        pipe.model.generate(**inputs, max_new_tokens=3, **options)
+
+
 def test_sampling_options(pipe):
     inputs = pipe.processor(text="a red cat", images=[CAT])
     greedy = new_ids(pipe, inputs, max_new_tokens=8).tolist()

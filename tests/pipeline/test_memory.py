@@ -11,6 +11,7 @@ import torch
 from diffusers.quantizers import PipelineQuantizationConfig
 from PIL import Image
 from transformers import BitsAndBytesConfig, TorchAoConfig
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import is_flash_attn_2_available, is_kernels_available
 
 from echo4o_hf.model.packages import NOT_QUANTIZED
@@ -72,6 +73,44 @@ def test_attentions_agree_in_all_modes(pipe, folder, attention):
     assert {config.text_config._attn_implementation, config.vision_config._attn_implementation} == {attention}
     assert pipe.model.config.text_config._attn_implementation == "sdpa"
     assert_same(other, pipe)
+
+
+def flash_attention(module, query, key, value, mask, scaling, is_causal, **_):
+    """Means what flash attention means: a mask names the real tokens; causal, the last query sees all keys."""
+    (rows, _, length, _), keys = query.shape, key.shape[2]
+    assert mask is None or mask.shape == (rows, keys)
+    real = torch.ones(rows, keys, dtype=torch.bool) if mask is None else mask.bool()
+    seen = real[:, None, None].expand(rows, 1, length, keys)
+    if is_causal:
+        seen = seen & torch.ones(length, keys, dtype=torch.bool).tril(keys - length)
+    out = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, seen, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
+    )
+    return out.transpose(1, 2).nan_to_num(), None  # rows of padding see nothing
+
+
+def test_flash_attention_draws_and_answers(pipe, folder, monkeypatch):
+    """What it has no mask for, prompts that mix segments, goes through sdpa; packs for training are refused."""
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "flash_attention_2", flash_attention)
+    other = load(folder)
+    other.model.config.text_config._attn_implementation = "flash_attention_2"
+    questions = [pipe.processor(text="a", images=[CAT]), pipe.processor(text=["a", "a red cat"])]
+    for settings in [*MODES.values(), {"prompt": ["a", "a longer red cat"]}, {"prompt": ["a", CAT, "cat"]}]:
+        drawn = [
+            each(
+                **{"prompt": "a red cat", **settings},
+                num_inference_steps=3,
+                output_type="latent",
+                generator=torch.Generator().manual_seed(0),
+            ).images
+            for each in (other, pipe)
+        ]
+        torch.testing.assert_close(*drawn, atol=1e-4, rtol=0)
+    for inputs in questions:
+        written = [each.model.generate(**inputs, max_new_tokens=6, do_sample=False) for each in (other, pipe)]
+        assert torch.equal(*written)
+    with pytest.raises(ValueError, match="cannot mix segments in one call; use flex_attention or sdpa"):
+        other.model(**questions[0])
 
 
 @pytest.mark.skipif(is_flash_attn_2_available() or is_kernels_available(), reason="there is a flash attention")

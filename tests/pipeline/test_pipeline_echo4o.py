@@ -1,14 +1,17 @@
 import inspect
+import re
 
 import numpy as np
 import pytest
 import skimage.data
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from PIL import Image
 from torch._dynamo.testing import CompileCounter
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from echo4o_hf.model.processing_bagel import BagelProcessor
+from echo4o_hf.pipeline.denoiser import Denoiser
 from echo4o_hf.pipeline.pipeline_echo4o import Echo4oPipeline, Echo4oPipelineOutput
 from echo4o_hf.pipeline.prompts import THINKING_PROMPT
 
@@ -248,8 +251,6 @@ def test_save_and_load_give_equal_images(pipe, tmp_path):
     assert image.tobytes() == expected.tobytes()
     half = Echo4oPipeline.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
     assert {half.model.dtype, half.vae.dtype} == {torch.bfloat16}
-    with pytest.raises(TypeError, match="does not take scheduler"):
-        Echo4oPipeline.from_pretrained(tmp_path, scheduler=pipe.scheduler)
 
 
 def test_diffusers_loads_what_we_save(pipe, tmp_path):
@@ -379,6 +380,19 @@ def test_a_vae_of_another_model_is_refused(pipe):
         Echo4oPipeline(pipe.model, make_vae(latent_channels=8), pipe.scheduler, pipe.processor)
 
 
+def test_parts_that_are_there_already_are_taken(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
+    loaded = Echo4oPipeline.from_pretrained(tmp_path, scheduler=scheduler, vae=pipe.vae)
+    assert loaded.scheduler is scheduler and loaded.vae is pipe.vae and loaded.model is not pipe.model
+    again = Echo4oPipeline.from_pretrained(tmp_path, model=pipe.model, processor=pipe.processor)
+    assert again.model is pipe.model and again.processor is pipe.processor
+    with pytest.raises(TypeError, match="does not take safety_checker"):
+        Echo4oPipeline.from_pretrained(tmp_path, safety_checker=None)
+    with pytest.raises(ValueError, match="must be diffusers' FlowMatchEulerDiscreteScheduler, got UniPCMultistep"):
+        Echo4oPipeline.from_pretrained(tmp_path, scheduler=UniPCMultistepScheduler())
+
+
 def test_compiled_layers_serve_all_updates_and_prompts(pipe):
     prompts = ["a red circle", "a much longer prompt about two blue squares", "one"]
     settings = {"height": 32, "width": 32, "num_inference_steps": 8, "output_type": "latent"}
@@ -423,6 +437,39 @@ def test_compiled_layers_serve_a_day_of_many_kinds(pipe):
     pipe.model.generate(**inputs, max_new_tokens=3)
     pipe(short, thinking=True, max_think_tokens=5, **settings)
     assert graphs.frame_count == 7  # texts are read and written uncompiled; the plan is a kind of its own
+
+
+class Operations(TorchDispatchMode):
+    """Names of the operations that run within."""
+
+    def __enter__(self):
+        self.names = []
+        return super().__enter__()
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.names.append(operation.name())
+        return operation(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("references", [0, 1])
+def test_updates_gather_nothing_and_copy_keys_and_values_only_into_their_place(pipe, monkeypatch, references):
+    updates = []
+
+    def predict(*args):
+        with Operations() as operations:
+            velocity = Denoiser.__call__(*args)
+        updates.append(operations.names)
+        return velocity
+
+    recorded = type("Recorded", (Denoiser,), {"__call__": predict})
+    monkeypatch.setattr("echo4o_hf.pipeline.pipeline_echo4o.Denoiser", recorded)
+    pipe("a", image=[CAT] * references or None, guidance_interval=(0.0, 1.0), num_inference_steps=3)
+    layers = len(pipe.model.language_model.model.layers)
+    for names in updates[1:]:  # the first one prepares
+        assert not [name for name in names if re.search("index|gather|scatter|lift_fresh", name)]
+        # Into the room of each branch that has a context, keys and values of a layer.
+        assert names.count("aten::copy_") == 2 * layers * (1 + 2 * references)
+        assert names.count("aten::_local_scalar_dense") <= 3  # of the timestep, which is on the CPU
 
 
 def test_setting_the_attention_backend(pipe):

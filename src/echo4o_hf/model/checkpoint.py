@@ -10,7 +10,7 @@ A checkpoint is a folder, a folder inside one (`Echo-4o/`), a bundled name or a 
 from __future__ import annotations
 
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -217,6 +217,7 @@ def load_components(
     offload_folder: str | os.PathLike[str] | None = None,
     quantization_config: Any = None,
     attn_implementation: str | None = None,
+    given: Mapping[str, Any] | None = None,
     **hub_options: Any,
 ) -> dict[str, Any]:
     """`model`, `vae`, `scheduler` and `processor` of a checkpoint that has them all, in either layout.
@@ -231,6 +232,7 @@ def load_components(
         offload_folder: for what `device_map` puts on "disk".
         quantization_config: for the model, transformers' or diffusers' `PipelineQuantizationConfig`.
         attn_implementation: of the model, as in transformers.
+        given: some of the four, which are taken instead of the checkpoint's.
         **hub_options: as in `resolve`.
 
     Raises:
@@ -245,20 +247,26 @@ def load_components(
     folder = resolve(path, revision, subfolder, **hub_options)
     if isinstance(quantization_config, PipelineQuantizationConfig):
         quantization_config = quantization_config._resolve_quant_config(is_diffusers=False, module_name="model")
-    model = BagelForConditionalGeneration.from_pretrained(
-        component_folder(folder, "model"),
-        dtype=dtype,
-        device_map=device_map,
-        max_memory=max_memory,
-        offload_folder=offload_folder,
-        quantization_config=quantization_config,
-        attn_implementation=attn_implementation,
-    )
-    vae = load_autoencoder(folder, dtype)
-    if device_map is not None:
-        vae.to(_main_device(model))
-    processor = load_processor(folder, model.config)
-    return {"model": model, "vae": vae, "scheduler": load_scheduler(folder), "processor": processor}
+    parts = dict(given or {})
+    if "model" not in parts:
+        parts["model"] = BagelForConditionalGeneration.from_pretrained(
+            component_folder(folder, "model"),
+            dtype=dtype,
+            device_map=device_map,
+            max_memory=max_memory,
+            offload_folder=offload_folder,
+            quantization_config=quantization_config,
+            attn_implementation=attn_implementation,
+        )
+    if "vae" not in parts:
+        parts["vae"] = load_autoencoder(folder, dtype)
+        if device_map is not None:
+            parts["vae"].to(_main_device(parts["model"]))
+    if "scheduler" not in parts:
+        parts["scheduler"] = load_scheduler(folder)
+    if "processor" not in parts:
+        parts["processor"] = load_processor(folder, parts["model"].config)
+    return parts
 
 
 def _main_device(model: BagelForConditionalGeneration) -> torch.device | str:

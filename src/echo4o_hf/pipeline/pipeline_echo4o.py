@@ -45,6 +45,7 @@ from .prompts import THINKING_PROMPT, Item, count_positions, last_image, latent_
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 UPDATES_PER_CHECK = 8  # reading a device's memory waits for all that it still computes
+PARTS = ("model", "vae", "scheduler", "processor")
 HUB_OPTIONS = ("cache_dir", "token", "local_files_only", "force_download")
 
 
@@ -72,7 +73,7 @@ class Echo4oPipeline(LoraMixin, StepCacheMixin, DiffusionPipeline):
         processor: tokenizer and resize rules.
 
     Raises:
-        ValueError: the VAE's latents are not those of the model.
+        ValueError: the VAE's latents are not those of the model, or another scheduler.
     """
 
     model_cpu_offload_seq = "model->vae"
@@ -101,6 +102,10 @@ class Echo4oPipeline(LoraMixin, StepCacheMixin, DiffusionPipeline):
                 f"the VAE has {of_vae[0]} latent channels and {of_vae[1]} pixels a latent, but the model expects "
                 f"{config.latent_channels} and {config.latent_downsample}"
             )
+        if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+            raise ValueError(
+                f"the scheduler must be diffusers' FlowMatchEulerDiscreteScheduler, got {type(scheduler).__name__}"
+            )
 
     @classmethod
     def from_pretrained(
@@ -114,7 +119,7 @@ class Echo4oPipeline(LoraMixin, StepCacheMixin, DiffusionPipeline):
         offload_folder: str | os.PathLike[str] | None = None,
         quantization_config: Any = None,
         attn_implementation: str | None = None,
-        **hub_options: Any,
+        **options: Any,
     ) -> Echo4oPipeline:
         """Loads our layout or the official one, from a folder, the Hub or a bundled name.
 
@@ -128,15 +133,17 @@ class Echo4oPipeline(LoraMixin, StepCacheMixin, DiffusionPipeline):
             offload_folder: for parts that `device_map` puts on "disk".
             quantization_config: transformers' for the model, or diffusers' `PipelineQuantizationConfig`.
             attn_implementation: as in `set_attention_backend`.
-            **hub_options: `cache_dir`, `token`, `local_files_only`, `force_download`.
+            **options: parts that are there already (`model`, `vae`, `scheduler`, `processor`); of the Hub,
+                `cache_dir`, `token`, `local_files_only`, `force_download`.
 
         Raises:
             OSError: files are missing or damaged, or there is no network.
             ValueError: files that do not fit each other, or an unknown attention.
             ImportError: a package for the attention or the quantization is missing.
         """
-        dtype = hub_options.pop("torch_dtype", dtype)
-        unknown = sorted(set(hub_options) - set(HUB_OPTIONS))
+        dtype = options.pop("torch_dtype", dtype)
+        given = {name: options.pop(name) for name in PARTS if name in options}
+        unknown = sorted(set(options) - set(HUB_OPTIONS))
         if unknown:
             raise TypeError(f"{cls.__name__}.from_pretrained does not take {', '.join(unknown)}")
         components = load_components(
@@ -149,7 +156,8 @@ class Echo4oPipeline(LoraMixin, StepCacheMixin, DiffusionPipeline):
             offload_folder=offload_folder,
             quantization_config=quantization_config,
             attn_implementation=attn_implementation,
-            **hub_options,
+            given=given,
+            **options,
         )
         return cls(**components)
 
