@@ -7,11 +7,12 @@ Everything is measured in turns in one process. An image is a prompt of 24 token
 
 - plain: the branches of guidance one after another, each with its context, as the official code does;
 - packed: as the pipeline does, also several images at a time;
-- compiled: likewise, after `pipe.compile()`.
+- compiled: likewise, after `pipe.compile()`;
+- cached: likewise, with two of three updates forecast (`caching.py` measures how near that is), packed or compiled.
 
 A training step is the forward and backward pass of a pack of 1024 tokens, without an optimizer. The bare products take
-their right factors from as many matrices as the model has layers, as the model does. They allocate nothing, so that what the
-model allocates is reused, as by the allocators of GPUs: on Linux, glibc is told to keep freed memory.
+their right factors from as many matrices as the model has layers, as the model does. They allocate nothing, so that
+what the model allocates is reused, as by the allocators of GPUs: on Linux, glibc is told to keep freed memory.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from diffusers import TaylorSeerCacheConfig
 from random_model import (
     Products,
     backward_products,
@@ -39,6 +41,7 @@ from random_model import (
 from torch import Tensor
 
 from echo4o_hf.model.configuration_bagel import BagelConfig
+from echo4o_hf.pipeline.caching import is_evaluated
 from echo4o_hf.pipeline.guidance import Guidance, guide
 from echo4o_hf.pipeline.pipeline_echo4o import Echo4oPipeline
 
@@ -64,11 +67,12 @@ class Task:
 
 
 FULL = Size(model=(512, 8, 8, 4, 1408), side=16, prompt=24, updates=20, images=3, answer=154)
+CACHE = TaylorSeerCacheConfig(cache_interval=3, disable_cache_before_step=1, taylor_factors_dtype=torch.float32)
 TINY = Size(model=(32, 2, 4, 2, 48), side=2, prompt=4, updates=2, images=1, answer=6)
 
 
-def image_products(config: BagelConfig, size: Size, images: int = 1) -> Products:
-    """Of images of one prompt each: the prompts, then the updates, each with and without them."""
+def image_products(config: BagelConfig, size: Size, images: int = 1, cached: bool = False) -> Products:
+    """Of images of one prompt each: the prompts, then the evaluated updates, each with and without them."""
     latents = size.side**2
     seen = latents + 2
     texts = [(size.prompt, (size.prompt + 1) // 2)] * images
@@ -76,7 +80,8 @@ def image_products(config: BagelConfig, size: Size, images: int = 1) -> Products
     update = forward_products(
         config, 4 * images, 2 * latents * images, [(seen, seen + size.prompt), (seen, seen)] * images
     )
-    return prefill + Counter({shape: times * size.updates for shape, times in update.items()})
+    evaluated = sum(not cached or is_evaluated(step, CACHE) for step in range(size.updates))
+    return prefill + Counter({shape: times * evaluated for shape, times in update.items()})
 
 
 def training_products(config: BagelConfig, size: Size) -> Products:
@@ -181,17 +186,24 @@ def interleave(tasks: dict[str, Callable[[], object]], repeats: int) -> dict[str
     return seconds
 
 
+def with_cache(pipe: Echo4oPipeline) -> Echo4oPipeline:
+    """A pipeline of the same parts that forecasts."""
+    cached = Echo4oPipeline(**pipe.components)
+    cached.set_progress_bar_config(disable=True)
+    cached.enable_cache(CACHE)
+    return cached
+
+
 def measured(pipe: Echo4oPipeline, compiled: Echo4oPipeline, size: Size, batches: Sequence[int]) -> dict[str, Task]:
     """What is measured."""
     config = pipe.model.config
-    of_images = {images: image_products(config, size, images) for images in batches}
-    tasks = {"image, plain": Task(draw_plain(pipe, size), of_images[1])}
-    for images in batches:
-        what = "image" if images == 1 else f"{images} images"
-        tasks[f"{what}, packed"] = Task(draw(pipe, size, images), of_images[images])
-    for images in (1, max(batches)):
-        what = "image" if images == 1 else f"{images} images"
-        tasks[f"{what}, compiled"] = Task(draw(compiled, size, images), of_images[images])
+    ways = {"packed": (pipe, False), "compiled": (compiled, False)}
+    ways |= {"packed, cached": (with_cache(pipe), True), "compiled, cached": (with_cache(compiled), True)}
+    tasks = {"image, plain": Task(draw_plain(pipe, size), image_products(config, size))}
+    for way, (drawing, cached) in ways.items():
+        for images in batches if way == "packed" else sorted({1, max(batches)}):
+            what = "image" if images == 1 else f"{images} images"
+            tasks[f"{what}, {way}"] = Task(draw(drawing, size, images), image_products(config, size, images, cached))
     tasks["training step"] = Task(train(pipe, size), training_products(config, size))
     return tasks
 

@@ -29,7 +29,8 @@ def script(monkeypatch):
 def test_inference_prints_ratios_to_bare_products(script, capsys):
     script("inference").main(["--tiny", "--repeats", "2", "--threads", "1", "--batch-sizes", "2"])
     printed = capsys.readouterr().out
-    ways = ("image, plain", "image, packed", "2 images, packed", "image, compiled", "2 images, compiled")
+    ways = ["image, plain", "image, packed", "2 images, packed", "image, compiled", "2 images, compiled"]
+    ways += [f"{what}, {way}, cached" for what in ("image", "2 images") for way in ("packed", "compiled")]
     for name in (*ways, "training step"):
         (row,) = re.findall(rf"^\| {name} \| (.+) \|$", printed, re.MULTILINE)
         _, seconds, median, bare, bare_median, ratio, ratio_median = map(float, row.split(" | "))

@@ -177,7 +177,7 @@ class BagelDecoderLayer(GradientCheckpointingLayer):
 
 
 class BagelRotaryEmbedding(Qwen2RotaryEmbedding):
-    """Upstream's, but its frequencies stay float32 when the model is cast: in bfloat16, far positions would be wrong."""
+    """Upstream's, but its frequencies stay float32 when the model is cast: rounded, far positions would be wrong."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         exact = dict(self.named_buffers())
