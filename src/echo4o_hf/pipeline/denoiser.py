@@ -100,7 +100,7 @@ class Denoiser:
             if text_rows or image_rows:
                 of_rows = torch.cat([latents, *(self._select(latents, rows) for rows in (text_rows, image_rows))])
             # Filled on the device: a copy to it would wait for what it still computes.
-            timesteps = torch.full((len(of_rows),), timestep.item(), device=latents.device)
+            timesteps = torch.full((len(of_rows),), timestep.item(), dtype=timestep.dtype, device=latents.device)
             return self.model.predict_velocity(of_rows, timesteps, block)
 
         if self.cache is None:
