@@ -312,18 +312,43 @@ def test_two_processes_draw_what_one_draws(model: str, tmp_path: Path) -> None:
     ]
     items.write_text("".join(json.dumps(row) + "\n" for row in rows[:3]))
     draw_samples(Source(model), {i: row["prompt"] for i, row in enumerate(rows[:3])}, tmp_path / "one", arguments=FAST)
-    # accelerate starts several processes on CPUs alone only where it takes them for GPUs.
-    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
-    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    command = [*launch, "-m", "echo4o_hf.cli", "generate", "--benchmark", "geneval_pp", "--items", str(items)]
-    options = ["--model", model, "-o", str(tmp_path / "two"), "--device", "cpu", "--steps", "2", "--height", "32"]
-    options += ["--width", "32"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(
-        [sys.executable, *command, *options], env=environment, capture_output=True, text=True, timeout=500
+    stdout = generate(
+        ["--benchmark", "geneval_pp", "--items", str(items), "--model", model, "-o", tmp_path / "two"], 2
     )
-    assert run.returncode == 0, run.stderr
-    shares = sorted(line.split(",")[0] for line in run.stdout.splitlines() if " drawn, " in line)
+    shares = sorted(line.split(",")[0] for line in stdout.splitlines() if " drawn, " in line)
     assert shares == ["1 drawn", "2 drawn"]
     assert pixels(tmp_path / "two") == pixels(tmp_path / "one")
     assert lines(tmp_path / "two") == lines(tmp_path / "one")
+
+
+@pytest.mark.slow
+def test_two_processes_draw_a_prompts_file_as_one_does(model: str, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text('a red circle\n{"prompt": "a blue square", "images": ["red.png"]}\n')
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "red.png")
+    for count in (1, 2):
+        folder = tmp_path / str(count)
+        arguments = ["--prompts", prompts, "--seeds", "3-4", "--grid", tmp_path / f"{count}.png"]
+        generate([*arguments, "--model", model, "-o", folder], count)
+    names = sorted(path.name for path in (tmp_path / "1").glob("*.png"))
+    assert names == ["1_3.png", "1_4.png", "2_3.png", "2_4.png"]
+    assert pixels(tmp_path / "2") == pixels(tmp_path / "1")
+    assert (tmp_path / "2.png").read_bytes() == (tmp_path / "1.png").read_bytes()
+
+
+def generate(arguments: list[object], num_processes: int) -> str:
+    """What `echo4o generate` prints, run by so many processes."""
+    # accelerate starts several processes on CPUs alone only where it takes them for GPUs.
+    launch = ["-m", "accelerate.commands.launch", "--main_process_port", "0", "--num_processes", str(num_processes)]
+    launch += ["--multi_gpu"] if num_processes > 1 else []
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "echo4o_hf.cli"]
+    options = ["--device", "cpu", "--steps", "2", "--height", "32", "--width", "32"]
+    run = subprocess.run(
+        [sys.executable, *launch, "generate", *map(str, arguments), *options],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert run.returncode == 0, run.stderr
+    return run.stdout
