@@ -9,6 +9,7 @@ import pytest
 import skimage.data
 import torch
 from diffusers.quantizers import PipelineQuantizationConfig
+from peft import LoraConfig
 from PIL import Image
 from transformers import BitsAndBytesConfig, TorchAoConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -17,6 +18,7 @@ from transformers.utils import is_flash_attn_2_available, is_kernels_available
 from echo4o_hf.model.packages import NOT_QUANTIZED
 from echo4o_hf.pipeline.memory import advice, is_out_of_memory
 from echo4o_hf.pipeline.pipeline_echo4o import Echo4oPipeline
+from echo4o_hf.pipeline.samples import Source
 
 CAT, ROCKET = Image.fromarray(skimage.data.chelsea()), Image.fromarray(skimage.data.rocket())
 MODES = {
@@ -168,6 +170,55 @@ def test_group_offload(pipe, folder, tmp_path, settings):
     assert_same(offloaded, pipe, atol=0)
 
 
+def save_adapter(folder, to):
+    """An adapter of random weights."""
+    other = load(folder)
+    config = LoraConfig(r=2, target_modules=["o_proj_moe_gen", "q_proj"], init_lora_weights=False)
+    other.model.add_adapter(config, "it")
+    other.save_lora_weights(to, "it")
+    return to
+
+
+def layers_with_group_offload(pipe):
+    return {
+        name
+        for name, module in pipe.model.named_modules()
+        if (registry := getattr(module, "_diffusers_hook", None)) is not None and "group_offloading" in registry.hooks
+    }
+
+
+def test_adapters_after_group_offload(pipe, folder, tmp_path):
+    offloaded = Source(str(folder), offload=True).load(Echo4oPipeline)
+    before = layers_with_group_offload(offloaded)
+    lora = save_adapter(folder, tmp_path / "lora")
+    pipe.load_lora_weights(lora)
+    offloaded.load_lora_weights(lora)
+    offloaded.load_lora_weights(lora, adapter_name="twice")
+    offloaded.delete_adapters("twice")
+    parts = {name for name, module in offloaded.model.named_modules() if type(module) is torch.nn.Linear}
+    assert {name for name in parts if "lora_" in name} and parts <= layers_with_group_offload(offloaded)
+    offloaded.set_adapters("default_0")
+    assert_same(offloaded, pipe, atol=0)
+    first = Source(str(folder), offload=True, loras=((str(lora), 1.0),)).load(Echo4oPipeline)
+    assert len(layers_with_group_offload(first)) == len(layers_with_group_offload(offloaded)) > len(before)
+    assert_same(first, pipe, atol=0)
+    offloaded.unload_lora_weights()
+    pipe.unload_lora_weights()
+    assert layers_with_group_offload(offloaded) == before
+    assert_same(offloaded, pipe, atol=0)
+
+
+def test_adapters_after_group_offload_to_disk(pipe, folder, tmp_path):
+    offloaded = load(folder)
+    offloaded.enable_group_offload(
+        torch.device("cpu"), offload_type="leaf_level", offload_to_disk_path=str(tmp_path / "disk")
+    )
+    lora = save_adapter(folder, tmp_path / "lora")
+    pipe.load_lora_weights(lora)
+    offloaded.load_lora_weights(lora)
+    assert_same(offloaded, pipe, atol=0)
+
+
 def test_device_map(pipe, folder, tmp_path):
     assert_same(load(folder, device_map="auto"), pipe, atol=0)
     half = sum(weight.nbytes for weight in pipe.model.parameters()) // 2
@@ -294,6 +345,7 @@ pipe("a red cat", num_inference_steps=2)  # goes on
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("RuntimeError True What needs less memory: fewer images in a call; smaller ones")
     assert "dtype=torch.bfloat16" in done.stdout and "quantization_config" in done.stdout
+    assert "(--dtype bfloat16)" in done.stdout and "(--quantize 8bit, --quantize 4bit)" in done.stdout
 
 
 @pytest.mark.slow
@@ -353,6 +405,16 @@ class TestOnGpu:
             torch.device("cuda"), offload_type=offload_type, use_stream=use_stream, **GROUPS[offload_type]
         )
         assert "enable_group_offload" not in advice(offloaded, "__call__")
+        assert_same(offloaded, pipe, atol=1e-2, device="cuda")
+
+    def test_adapters_after_group_offload(self, pipe, folder, tmp_path):
+        offloaded = Source(str(folder), device="cuda", offload=True).load(Echo4oPipeline)
+        lora = save_adapter(folder, tmp_path / "lora")
+        pipe.load_lora_weights(lora)
+        offloaded.load_lora_weights(lora)
+        assert_same(offloaded, pipe, atol=1e-2, device="cuda")
+        offloaded.unload_lora_weights()
+        pipe.unload_lora_weights()
         assert_same(offloaded, pipe, atol=1e-2, device="cuda")
 
     def test_device_map(self, pipe, folder):

@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .command import DTYPES, Command
+from .command import Command
+from .loading import add_loading_arguments, read_source
 
 
 def _app_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, help="folder, name on the Hub, or echo4o-miniature")
+    add_loading_arguments(parser, "folder, name on the Hub, or echo4o-miniature")
     parser.add_argument(
         "--lora",
         type=Path,
@@ -30,8 +31,6 @@ def _app_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--port", type=int, metavar="N", help="default: the first free one from 7860 on")
     parser.add_argument("--share", action="store_true", help="also a public link, through Gradio's server")
-    parser.add_argument("--device", help="default: cuda where there is one, else cpu")
-    parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on cuda, else float32")
     parser.add_argument("--compile", action="store_true", help="compile the layers; the first image of a kind waits")
 
 
@@ -43,12 +42,9 @@ def _app(args: argparse.Namespace) -> None:
             raise
         raise ImportError("echo4o app needs gradio: pip install 'echo4o-hf[app]'") from error
     from ..app.studio import Studio, find_adapters
-    from ..pipeline.samples import Source
-    from .loading import device_and_dtype
 
     adapters = find_adapters(args.loras or [])
-    device, dtype = device_and_dtype(args)
-    source = Source(args.model, dtype=dtype, device=device, compiled=args.compile)
+    source = read_source(args, compiled=args.compile)
     build_page(Studio(source, args.output, adapters)).launch(
         server_name=args.host,
         server_port=args.port,

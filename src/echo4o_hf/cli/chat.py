@@ -18,7 +18,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from .command import Command
-from .loading import add_loading_arguments, device_and_dtype, read_adapters
+from .loading import add_adapter_argument, add_loading_arguments, read_adapters, read_source
 
 if TYPE_CHECKING:
     from ..pipeline.pipeline_echo4o import Echo4oPipeline
@@ -29,6 +29,7 @@ MIN_TEMPERATURE = 0.01  # as good as 0; logits that are divided by much less are
 def _chat_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="pictures to ask about")
     add_loading_arguments(parser, "folder, name on the Hub, or echo4o-miniature")
+    add_adapter_argument(parser)
     parser.add_argument(
         "--question", metavar="TEXT", help="answer this and end (default: a question per line of input)"
     )
@@ -67,7 +68,7 @@ class Conversation:
         self.pipe, self.max_new_tokens, self.sampling = pipe, max_new_tokens, sampling
         self.streamer = TextStreamer(pipe.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
         segments = [pipe.processor.vision_segment(image) for image in images]
-        self.context = pipe.prefill(Context.empty(1, pipe.device), [segments])
+        self.context = pipe.prefill(Context.empty(1, pipe._execution_device), [segments])
 
     def ask(self, question: str) -> str:
         """The answer, which is printed while it is written; Ctrl-C ends it, and what was said counts.
@@ -124,15 +125,13 @@ def _chat(args: argparse.Namespace) -> None:
     from ..model.processing_bagel import BagelProcessor
     from ..pipeline.pipeline_echo4o import Echo4oPipeline
     from ..pipeline.prompt_file import check_seed
-    from ..pipeline.samples import Source, read_picture
+    from ..pipeline.samples import read_picture
 
     check_seed(args.seed)
     images = [read_picture(path) for path in args.images]
     if args.question is not None:
         BagelProcessor.from_pretrained(args.model).text_segment(args.question)  # refuses what is no question
-    device, dtype = device_and_dtype(args)
-    source = Source(args.model, dtype, device, read_adapters(args), args.attention)
-    pipe = source.load(Echo4oPipeline)
+    pipe = read_source(args, read_adapters(args)).load(Echo4oPipeline)
     assert isinstance(pipe, Echo4oPipeline)
     torch.manual_seed(args.seed)
     with torch.no_grad():

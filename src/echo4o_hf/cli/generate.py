@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import __version__
 from .command import BENCHMARKS, Command, name_and_value
-from .loading import add_loading_arguments, device_and_dtype, read_adapters
+from .loading import add_adapter_argument, add_loading_arguments, read_adapters, read_source
 
 if TYPE_CHECKING:
     from ..pipeline.prompt_file import Request
@@ -45,6 +45,7 @@ def _generate_arguments(parser: argparse.ArgumentParser) -> None:
     add_loading_arguments(
         parser, "folder, name on the Hub, or echo4o-miniature; with --benchmark also any pipeline of diffusers"
     )
+    add_adapter_argument(parser)
     parser.add_argument("--compile", action="store_true", help="compile the layers that draw, with torch.compile")
     parser.add_argument(
         "--cache-interval",
@@ -227,12 +228,9 @@ def _requests(args: argparse.Namespace, given: dict[str, Any]) -> list[Request]:
 
 
 def _source(args: argparse.Namespace) -> Source:
-    from ..pipeline.samples import Source
-
     if args.cache_interval is not None and args.cache_interval < 2:
         raise ValueError(f"--cache-interval {args.cache_interval} must be at least 2; without it, all are evaluated")
-    device, dtype = device_and_dtype(args)
-    return Source(args.model, dtype, device, read_adapters(args), args.attention, args.compile, args.cache_interval)
+    return read_source(args, read_adapters(args), args.compile, args.cache_interval)
 
 
 def _check_grid(args: argparse.Namespace, samples: list[Sample]) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,10 +13,29 @@ from .command import DTYPES
 if TYPE_CHECKING:
     import torch
 
+    from ..pipeline.samples import Source
+
+QUANTIZATIONS = ("4bit", "8bit")
+
 
 def add_loading_arguments(parser: argparse.ArgumentParser, model_help: str) -> None:
-    """Which model, what is put onto it, and where it runs."""
+    """Which model, and where and how it runs."""
     parser.add_argument("--model", required=True, help=model_help)
+    parser.add_argument("--attention", metavar="NAME", help="sdpa, eager, flex_attention, flash_attention_2 ...")
+    parser.add_argument("--device", help="default: cuda where there is one, else cpu")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on cuda, else float32")
+    parser.add_argument(
+        "--quantize", choices=QUANTIZATIONS, help="the model's weights in fewer bits, with bitsandbytes: less memory"
+    )
+    parser.add_argument(
+        "--offload",
+        action="store_true",
+        help="keep the weights in the machine's memory, each on the accelerator only while it is used: least memory",
+    )
+
+
+def add_adapter_argument(parser: argparse.ArgumentParser) -> None:
+    """What is put onto the model."""
     parser.add_argument(
         "--lora",
         type=adapter_and_scale,
@@ -23,9 +44,6 @@ def add_loading_arguments(parser: argparse.ArgumentParser, model_help: str) -> N
         metavar="NAME[=SCALE]",
         help="adapter, a folder or name on the Hub; repeat it for several",
     )
-    parser.add_argument("--attention", metavar="NAME", help="sdpa, eager, flex_attention, flash_attention_2 ...")
-    parser.add_argument("--device", help="default: cuda where there is one, else cpu")
-    parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on cuda, else float32")
 
 
 def adapter_and_scale(text: str) -> tuple[str, float]:
@@ -56,16 +74,54 @@ def read_adapters(args: argparse.Namespace) -> tuple[tuple[str, float], ...]:
     return adapters
 
 
-def device_and_dtype(args: argparse.Namespace) -> tuple[torch.device, str]:
-    """Those of --device and --dtype, or their defaults.
+def read_source(
+    args: argparse.Namespace,
+    adapters: Sequence[tuple[str, float]] = (),
+    compiled: bool = False,
+    cache_interval: int | None = None,
+) -> Source:
+    """The pipeline of the options, which is not loaded yet.
 
     Raises:
-        ValueError: torch knows no such device.
+        ValueError: a device that is not here, or options that do not go together.
+        ImportError: bitsandbytes is missing.
     """
+    from ..pipeline.samples import Source
+
+    device = _read_device(args.device)
+    for name, given in (("--quantize", args.quantize), ("--compile", compiled)):
+        if args.offload and given:
+            raise ValueError(f"--offload does not go with {name}: leave out one of them")
+    if args.offload and device.type == "cpu":
+        raise ValueError("--offload brings the weights to an accelerator while they are used, and the device is cpu")
+    if args.quantize and find_spec("bitsandbytes") is None:
+        raise ImportError("--quantize needs bitsandbytes: pip install 'echo4o-hf[qlora]'")
+    return Source(
+        args.model,
+        args.dtype or ("bfloat16" if device.type == "cuda" else "float32"),
+        device,
+        tuple(adapters),
+        args.attention,
+        compiled,
+        cache_interval,
+        args.quantize,
+        args.offload,
+    )
+
+
+def _read_device(name: str | None) -> torch.device:
+    """A device that is here; by default CUDA's, or else the CPU."""
     import torch
 
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = torch.device(name)
     except RuntimeError as error:
-        raise ValueError(f"--device {args.device!r} is not a device of torch, such as cpu, cuda or cuda:1") from error
-    return device, args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+        raise ValueError(f"--device {name!r} is not a device of torch, such as cpu, cuda or cuda:1") from error
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    numbers = {"cpu": 1} if accelerator is None else {"cpu": 1, accelerator.type: torch.accelerator.device_count()}
+    if (device.index or 0) >= numbers.get(device.type, 0):
+        here = [kind if number == 1 else f"{kind}:0 to {kind}:{number - 1}" for kind, number in numbers.items()]
+        raise ValueError(f"--device {name} is not here: torch {torch.__version__} sees {' and '.join(here)}")
+    return device

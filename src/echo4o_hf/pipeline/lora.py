@@ -15,6 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from diffusers.hooks.group_offloading import (
+    _get_top_level_group_offload_hook,
+    _maybe_remove_and_reapply_group_offloading,
+)
 from diffusers.loaders.lora_base import LoraBaseMixin
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -85,6 +89,7 @@ class LoraMixin(LoraBaseMixin):
             self.model, {key.removeprefix(PREFIX): value for key, value in weights.items()}, adapter_name=name
         )
         self.model.eval()  # new layers begin in training mode
+        self._renew_group_offload()
 
     def save_lora_weights(self, save_directory: str | os.PathLike[str], adapter_name: str | None = None) -> None:
         """Writes an adapter as peft does; `load_lora_weights` and `PeftModel.from_pretrained` read it.
@@ -151,6 +156,8 @@ class LoraMixin(LoraBaseMixin):
         super().delete_adapters(names)
         if not self._adapter_names():
             self.unload_lora_weights()
+        else:
+            self._renew_group_offload()
 
     def fuse_lora(
         self,
@@ -195,7 +202,17 @@ class LoraMixin(LoraBaseMixin):
         """Removes all adapters. The weights are bit for bit the base's, or the sum after `fuse_lora`."""
         if is_peft_available():
             super().unload_lora_weights()
+            self._renew_group_offload()
         self._merged_adapters: set[str] = set()
+
+    def _renew_group_offload(self) -> None:
+        """Group offload of the layers that there are now, as diffusers does it after adapters of its own models.
+
+        What is on disk stays as it is: layers that got another name would be written there anew, without their values.
+        """
+        hook = _get_top_level_group_offload_hook(self.model)
+        if hook is not None and hook.config.offload_to_disk_path is None:
+            _maybe_remove_and_reapply_group_offloading(self.model)
 
     def _adapter_names(self) -> list[str]:
         return list(getattr(self.model, "peft_config", {}))  # which the model has from the first adapter on

@@ -45,16 +45,19 @@ def with_advice(
 
 
 def advice(pipe: Echo4oPipeline, during: str) -> str:
-    """What would need less memory than this pipeline in one of its methods, and is not in use yet."""
+    """What would need less memory than this pipeline in one of its methods, and is not in use yet.
+
+    In brackets, what it is in a shell.
+    """
     model: Any = pipe.model
     on_cpu = pipe._execution_device.type == "cpu"
     steps = [] if during == "to" else ["fewer images in a call", "smaller ones (height, width)"]
     if model.dtype == torch.float32:
-        steps.append("dtype=torch.bfloat16 in from_pretrained")
+        steps.append("dtype=torch.bfloat16 in from_pretrained (--dtype bfloat16)")
     if not model.config.to_dict().get("quantization_config"):
-        steps.append("a quantization_config of 8 or 4 bits in from_pretrained")
+        steps.append("a quantization_config of 8 or 4 bits in from_pretrained (--quantize 8bit, --quantize 4bit)")
     if not on_cpu and not is_offloaded(model):
-        steps.append('pipe.enable_group_offload("cuda", offload_type="leaf_level", use_stream=True)')
+        steps.append('pipe.enable_group_offload("cuda", offload_type="leaf_level", use_stream=True) (--offload)')
     tiling = f"{TILING} " if during in ("decode_latents", "encode_image") and not pipe.vae.use_tiling else ""
     return f"{tiling}What needs less memory: {'; '.join(steps) or 'a larger device'}."
 

@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import diffusers
 import torch
@@ -34,6 +34,7 @@ from accelerate import PartialState
 from diffusers import DiffusionPipeline, TaylorSeerCacheConfig
 from PIL import Image, ImageOps
 from tqdm.auto import tqdm
+from transformers import BitsAndBytesConfig
 
 from ..model.checkpoint import BUNDLED_NAMES
 from .fingerprints import adapter_sha256, model_fingerprint
@@ -95,6 +96,8 @@ class Source:
         attention: of Echo-4o, see `Echo4oPipeline.set_attention_backend`.
         compiled: of Echo-4o, see `Echo4oPipeline.compile`.
         cache_interval: of Echo-4o, one of so many updates is evaluated (see `enable_cache`); None is all.
+        quantization: of Echo-4o, "4bit" or "8bit" by bitsandbytes.
+        offload: of Echo-4o, the weights wait in the machine's memory (see `enable_group_offload`).
     """
 
     model: str
@@ -104,6 +107,8 @@ class Source:
     attention: str | None = None
     compiled: bool = False
     cache_interval: int | None = None
+    quantization: Literal["4bit", "8bit"] | None = None
+    offload: bool = False
 
     def load(self, pipeline_class: type[DiffusionPipeline]) -> DiffusionPipeline:
         """The pipeline on its device.
@@ -111,27 +116,49 @@ class Source:
         Raises:
             OSError: the checkpoint or an adapter cannot be read.
             ValueError: an adapter that does not fit, or an unknown attention.
-            ImportError: an attention that is not installed.
+            ImportError: an attention or bitsandbytes is not installed.
         """
-        pipeline = load_pipeline(self.model, pipeline_class, getattr(torch, self.dtype)).to(self.device)
-        if isinstance(pipeline, Echo4oPipeline):
-            names = [f"lora_{place}" for place in range(len(self.loras))]
-            for name, (adapter, _) in zip(names, self.loras, strict=True):
-                pipeline.load_lora_weights(adapter, adapter_name=name)
-            if names:
-                pipeline.set_adapters(names, [scale for _, scale in self.loras])
-            if self.attention is not None:
-                pipeline.set_attention_backend(self.attention)
-            if self.compiled:
-                pipeline.compile()
-            if self.cache_interval is not None:
-                pipeline.enable_cache(
-                    TaylorSeerCacheConfig(
-                        cache_interval=self.cache_interval,
-                        disable_cache_before_step=1,
-                        taylor_factors_dtype=torch.float32,
-                    )
+        if pipeline_class is Echo4oPipeline:
+            pipeline = self._load_echo4o()
+        else:  # only safetensors, for pickled files can run code
+            dtype = getattr(torch, self.dtype)
+            pipeline = pipeline_class.from_pretrained(self.model, dtype=dtype, use_safetensors=True).to(self.device)
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    def _load_echo4o(self) -> Echo4oPipeline:
+        dtype = getattr(torch, self.dtype)
+        if self.quantization is None:
+            pipeline = Echo4oPipeline.from_pretrained(self.model, dtype=dtype)
+            pipeline.to("cpu" if self.offload else self.device)
+        else:
+            pipeline = Echo4oPipeline.from_pretrained(
+                self.model,
+                dtype=dtype,
+                quantization_config=_quantization_config(self.quantization, dtype),
+                device_map=str(self.device),
+            )
+        names = [f"lora_{place}" for place in range(len(self.loras))]
+        for name, (adapter, _) in zip(names, self.loras, strict=True):
+            pipeline.load_lora_weights(adapter, adapter_name=name)
+        if names:
+            pipeline.set_adapters(names, [scale for _, scale in self.loras])
+        if self.attention is not None:
+            pipeline.set_attention_backend(self.attention)
+        if self.compiled:
+            pipeline.compile()
+        if self.cache_interval is not None:
+            pipeline.enable_cache(
+                TaylorSeerCacheConfig(
+                    cache_interval=self.cache_interval,
+                    disable_cache_before_step=1,
+                    taylor_factors_dtype=torch.float32,
                 )
+            )
+        if self.offload:  # with the adapters
+            device = torch.device(self.device)
+            with_stream = device.type in ("cuda", "xpu")  # others have none in diffusers
+            pipeline.enable_group_offload(device, offload_type="leaf_level", use_stream=with_stream)
         return pipeline
 
     def settings(self, pipeline_class: type[DiffusionPipeline]) -> dict[str, Any]:
@@ -153,12 +180,14 @@ class Source:
         }
 
     def extras(self) -> dict[str, Any]:
-        """Adapters, attention, compiling and caching, those that there are."""
+        """Adapters, attention, compiling, caching, quantization and offload, those that there are."""
         every = {
             "lora": [[adapter, scale] for adapter, scale in self.loras],
             "attention": self.attention,
             "compiled": self.compiled,
             "cache_interval": self.cache_interval,
+            "quantization": self.quantization,
+            "offload": self.offload,
         }
         return {name: value for name, value in every.items() if value}
 
@@ -306,14 +335,10 @@ def read_arguments(pipeline_class: type[DiffusionPipeline], given: Mapping[str, 
     return json.loads(json.dumps({**defaults, **given}))
 
 
-def load_pipeline(model: str, pipeline_class: type[DiffusionPipeline], dtype: torch.dtype) -> DiffusionPipeline:
-    """Load a pipeline without its bars; of diffusers' only safetensors, for pickled files can run code."""
-    if pipeline_class is Echo4oPipeline:
-        pipeline = Echo4oPipeline.from_pretrained(model, dtype=dtype)
-    else:
-        pipeline = pipeline_class.from_pretrained(model, dtype=dtype, use_safetensors=True)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+def _quantization_config(quantization: str, dtype: torch.dtype) -> BitsAndBytesConfig:
+    if quantization == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
 
 
 def read_picture(path: Path) -> Image.Image:
