@@ -125,7 +125,8 @@ def test_photographs_stored_sideways_are_turned(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # turn by 90 degrees
     upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "photo.png", exif=exif)
-    np.testing.assert_array_equal(np.array(to_rgb(tmp_path / "photo.png")), np.array(upright))
+    for photo in (tmp_path / "photo.png", Image.open(tmp_path / "photo.png")):
+        np.testing.assert_array_equal(np.array(to_rgb(photo)), np.array(upright))
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "PA"])

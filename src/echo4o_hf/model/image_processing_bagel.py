@@ -134,7 +134,7 @@ def resized_size(
 
 
 def to_rgb(image: ImageLike) -> Image.Image:
-    """Any accepted image as PIL RGB; transparent pixels become white.
+    """Any accepted image as PIL RGB, upright; transparent pixels become white.
 
     Args:
         image: PIL, numpy uint8 (height, width[, channels]), torch uint8 (channels, height, width), or a path.
@@ -151,6 +151,7 @@ def to_rgb(image: ImageLike) -> Image.Image:
     if image.mode[0] in "IF":
         raise ValueError(f"the image has mode {image.mode!r} (more than 8 bits a channel); convert it to 'RGB' first")
     try:
+        image = ImageOps.exif_transpose(image)  # cameras store photographs sideways with a note; viewers turn them
         if image.has_transparency_data:
             image = image.convert("RGBA")
             white = Image.new("RGBA", image.size, "white")
@@ -164,8 +165,8 @@ def to_rgb(image: ImageLike) -> Image.Image:
 def _read(path: str | os.PathLike[str]) -> Image.Image:
     try:
         with Image.open(path) as image:
-            # A camera stores upright photographs sideways with a note; viewers turn them.
-            return ImageOps.exif_transpose(image)
+            image.load()
+            return image
     except FileNotFoundError as error:
         raise ValueError(f"there is no image at {os.fspath(path)!r}") from error
     except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:

@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import Any, BinaryIO
 
 from datasets.utils.file_utils import xopen
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image
 
 from ..model.image_processing_bagel import to_rgb
 
@@ -95,7 +95,7 @@ class EncodedPicture:
     def image(self) -> Image.Image:
         """RGB, upright; transparent pixels are white."""
         with self._named("does not decode"), Image.open(io.BytesIO(self.data)) as image:
-            return to_rgb(ImageOps.exif_transpose(image))
+            return to_rgb(image)
 
     @contextmanager
     def _named(self, problem: str) -> Iterator[None]:
