@@ -9,7 +9,7 @@ from threading import Event
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from echo4o_hf.app.studio import Drawing, Question, Studio, find_adapters, settings_of
 from echo4o_hf.pipeline.pipeline_echo4o import Echo4oPipeline
@@ -70,6 +70,44 @@ def test_a_stop_at_the_last_update_keeps_the_picture(studio: Studio) -> None:
     assert len(drawn.paths) == 1
 
 
+def test_the_steps_of_the_next_visitor_are_not_counted(studio: Studio) -> None:
+    class NextBegins(Event):
+        """A stop at the last update; whoever asks for it, once the model is free, finds the next drawing begun."""
+
+        def is_set(self) -> bool:
+            if super().is_set() and not studio._lock.locked():
+                draw(studio, Drawing(PROMPT, [], [1], {"num_inference_steps": 5}))
+            return super().is_set()
+
+    stop = NextBegins()
+    drawn = studio.draw(Drawing(PROMPT, [], [0], STEPS), stop, lambda done: stop.set() if done == 3 else None)
+    assert len(drawn.paths) == 1
+
+
+def test_a_photograph_is_seen_upright(studio: Studio, tmp_path: Path) -> None:
+    lying = Image.effect_noise((128, 64), 99).convert("RGB")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
+    lying.save(tmp_path / "photo.jpg", exif=exif)
+    with Image.open(tmp_path / "photo.jpg") as photo:
+        ImageOps.exif_transpose(photo).save(tmp_path / "upright.png")
+    photo, upright = (
+        draw(studio, Drawing(PROMPT, [tmp_path / name], [0], STEPS))[0] for name in ("photo.jpg", "upright.png")
+    )
+    assert pixels(photo).shape == pixels(upright).shape and pixels(photo).shape[0] > pixels(photo).shape[1]
+    assert (pixels(photo) == pixels(upright)).all()
+    descriptions = [answer(studio, tmp_path / name, "Describe the picture.") for name in ("photo.jpg", "upright.png")]
+    assert descriptions[0] == descriptions[1]
+
+
+def test_a_plan_takes_what_the_prompt_leaves(studio: Studio) -> None:
+    prompt = "two red circles " * 60
+    drawn = studio.draw(
+        Drawing(prompt, [], [0], {**STEPS, "thinking": True, "max_think_tokens": 512}), Event(), lambda done: None
+    )
+    assert drawn.plan and len(drawn.paths) == 1
+
+
 def test_one_at_a_time(studio: Studio) -> None:
     told: list[str] = []
     threads = [
@@ -115,6 +153,12 @@ def test_stop_ends_an_answer(studio: Studio, picture: Path) -> None:
     assert len(last) < len(answer(studio, picture, "Describe the picture.", max_new_tokens=100))
 
 
+def test_an_answer_that_was_stopped_before_its_turn_is_not_begun(studio: Studio) -> None:
+    stop = Event()
+    stop.set()
+    assert "".join(studio.answer(Question(["what is it?"], max_new_tokens=100), stop)) == ""
+
+
 def test_a_reader_that_goes_leaves_the_model_free(studio: Studio, picture: Path) -> None:
     stop = Event()
     texts = studio.answer(Question([picture, "Describe the picture."], max_new_tokens=100), stop)
@@ -143,9 +187,28 @@ def test_adapters_come_and_go(studio: Studio, adapters: Path) -> None:
     assert (weak == base).all()
     assert (drawn("strong") == strong).all()
     assert (drawn(None) == base).all()
-    with pytest.raises(OSError, match="some/typo"):
-        drawn("some/typo")
     assert (drawn("none") == base).all()
+
+
+@pytest.mark.parametrize("name", ["/etc", "some/typo", "", "strong "])
+def test_only_adapters_of_the_list_are_found(studio: Studio, adapters: Path, name: str) -> None:
+    with pytest.raises(ValueError) as refusal:
+        studio.find_adapter(name)
+    assert str(refusal.value) == f"there is no adapter {name!r}: choose one of none, strong"
+    assert studio.find_adapter("strong") == str(adapters / "strong")
+
+
+def test_an_adapter_that_does_not_fit_is_named_without_its_folder(
+    studio: Studio, adapters: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "other"
+    shutil.copytree(adapters / "strong", folder)
+    config = folder / "adapter_config.json"
+    config.write_text(config.read_text().replace('"r": 4', '"r": 8'))
+    with pytest.raises(ValueError, match="the adapter in other .* does not fit this model") as refusal:
+        draw(studio, Drawing(PROMPT, [], [0], STEPS, str(folder)))
+    assert str(tmp_path) not in str(refusal.value)
+    assert draw(studio, Drawing(PROMPT, [], [0], STEPS))
 
 
 def test_adapters_act_on_answers(studio: Studio, picture: Path, adapters: Path, tmp_path: Path) -> None:
@@ -168,9 +231,12 @@ def test_find_adapters(adapters: Path, tmp_path: Path) -> None:
     shutil.copytree(adapters / "strong", copy / "checkpoint-1")
     assert find_adapters([adapters, copy]) == {
         "strong": str(adapters / "strong"),
-        str(copy): str(copy),
+        "more/strong": str(copy),
         "checkpoint-1": str(copy / "checkpoint-1"),
     }
+    assert len(find_adapters([adapters, adapters])) == 1
+    shutil.copytree(adapters / "strong", tmp_path / "more" / "none")
+    assert "more/none" in find_adapters([tmp_path / "more" / "none"]), "none is the name of no adapter"
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"empty: there is no adapter_config\.json"):
         find_adapters([tmp_path / "empty"])

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -36,7 +37,7 @@ class Drawing:
         references: files of pictures that come before it.
         seeds: of the noise, one per image.
         arguments: others of the pipeline's call.
-        adapter: folder or Hub name; None is none.
+        adapter: folder; None is none.
         adapter_weight: how much of it is added.
     """
 
@@ -56,7 +57,7 @@ class Question:
         conversation: texts, and files of pictures, in their order; questions and answers alternate.
         max_new_tokens: length of the answer at most.
         temperature: 0 takes the likeliest token each time.
-        adapter: folder or Hub name; None is none.
+        adapter: folder; None is none.
         adapter_weight: how much of it is added.
     """
 
@@ -98,6 +99,7 @@ class Studio:
         self.pipeline: Echo4oPipeline = source.load(Echo4oPipeline)
         self._adapter: str | None = None  # the one that is loaded
         self._lock = Lock()
+        self._stopping = Lock()  # for `_drawing`, so that no stop reaches the next drawing
         self._drawing: Event | None = None  # what stops the drawing that runs
 
     @property
@@ -107,9 +109,18 @@ class Studio:
         return config.max_position_embeddings  # type: ignore[union-attr]
 
     def find_adapter(self, name: str | None) -> str | None:
-        """Folder or Hub name of an adapter, of those to choose from or of others."""
-        name = (name or "").strip()
-        return None if name in ("", NO_ADAPTER) else self.adapters.get(name, name)
+        """Folder of an adapter, of those to choose from.
+
+        Raises:
+            ValueError: there is none of this name.
+        """
+        if name is None or name == NO_ADAPTER:
+            return None
+        if name not in self.adapters:
+            raise ValueError(
+                f"there is no adapter {name!r:.80}: choose one of {', '.join([NO_ADAPTER, *self.adapters])}"
+            )
+        return self.adapters[name]
 
     def draw(self, drawing: Drawing, stop: Event, on_update: Callable[[int], None]) -> Drawn:
         """Draw, and save each image as a PNG that holds its settings.
@@ -136,19 +147,21 @@ class Studio:
         with self._lock:
             if stop.is_set():
                 return Drawn([], "", 0)
-            self._drawing = stop
             self._use_adapter(drawing.adapter, drawing.adapter_weight)
-            result = self.pipeline(
-                drawing.prompt,
-                image=[read_picture(path) for path in drawing.references],
-                num_images_per_prompt=len(drawing.seeds),
-                generator=[torch.Generator().manual_seed(seed) for seed in drawing.seeds],
-                callback_on_step_end=after_update,
-                **drawing.arguments,
-            )
+            references = [_read(path) for path in drawing.references]
+            with self._during(stop):
+                result = self.pipeline(
+                    drawing.prompt,
+                    image=references,
+                    num_images_per_prompt=len(drawing.seeds),
+                    generator=[torch.Generator().manual_seed(seed) for seed in drawing.seeds],
+                    callback_on_step_end=after_update,
+                    **drawing.arguments,
+                )
+            num_steps = len(self.pipeline.scheduler.timesteps)
         output = cast(Echo4oPipelineOutput, result)
         plan = output.texts[0] if output.texts else ""
-        if stop.is_set() and num_updates < len(self.pipeline.scheduler.timesteps):
+        if stop.is_set() and num_updates < num_steps:
             return Drawn([], plan, num_updates)
         paths = [
             self._save(image, seed, drawing, plan) for image, seed in zip(output.images, drawing.seeds, strict=True)
@@ -157,9 +170,10 @@ class Studio:
 
     def stop(self, stop: Event) -> None:
         """Set the event of a call; where it writes a plan, that ends at once too."""
-        stop.set()
-        if self._drawing is stop:
-            self.pipeline._interrupt = True
+        with self._stopping:
+            stop.set()
+            if self._drawing is stop:
+                self.pipeline._interrupt = True
 
     def answer(self, question: Question, stop: Event) -> Iterator[str]:
         """The answer, as far as it is written at each time; it ends when `stop` is set.
@@ -190,6 +204,8 @@ class Studio:
         sampling = {"do_sample": True, "temperature": question.temperature, "top_k": 0}
         try:
             with self._lock:
+                if stop.is_set():
+                    return
                 self._use_adapter(question.adapter, question.adapter_weight)
                 context, left = self._read(question.conversation)
                 self.pipeline.model.generate_from(
@@ -210,7 +226,7 @@ class Studio:
         """The context that the answer follows, and how many tokens the answer may have."""
         processor = self.pipeline.processor
         segments = [
-            processor.text_segment(item) if isinstance(item, str) else processor.vision_segment(read_picture(item))
+            processor.text_segment(item) if isinstance(item, str) else processor.vision_segment(_read(item))
             for item in conversation
         ]
         length = sum(segment.rope_advance for segment in segments) + 1
@@ -221,12 +237,26 @@ class Studio:
         context = self.pipeline.prefill(Context.empty(1, self.pipeline._execution_device), [segments])
         return context, self.num_positions - length
 
+    @contextmanager
+    def _during(self, stop: Event) -> Iterator[None]:
+        """A drawing, which `stop` may interrupt."""
+        with self._stopping:
+            self._drawing = stop
+        try:
+            yield
+        finally:
+            with self._stopping:
+                self._drawing = None
+
     def _use_adapter(self, adapter: str | None, weight: float) -> None:
         if adapter != self._adapter:
             self.pipeline.unload_lora_weights()
             self._adapter = None
             if adapter is not None:
-                self.pipeline.load_lora_weights(adapter, adapter_name=ADAPTER)
+                try:
+                    self.pipeline.load_lora_weights(adapter, adapter_name=ADAPTER)
+                except (OSError, ValueError) as error:  # the page is told no folders of this machine
+                    raise ValueError(str(error).replace(adapter, Path(adapter).name)) from error
                 self._adapter = adapter
         if adapter is not None:
             self.pipeline.set_adapters(ADAPTER, weight)
@@ -251,19 +281,32 @@ class Studio:
 def find_adapters(folders: Sequence[Path]) -> dict[str, str]:
     """Adapters by name: each folder that is one, and the folders in it that are.
 
+    The name is the end of the path, as much of it as tells the adapters apart.
+
     Raises:
         ValueError: a folder without any.
     """
-    adapters: dict[str, str] = {}
+    paths: dict[Path, Path] = {}  # as they are, and as they were given
     for folder in folders:
         found = [path.parent for path in (folder / ADAPTER_CONFIG, *sorted(folder.glob(f"*/{ADAPTER_CONFIG}")))]
         found = [path for path in found if (path / ADAPTER_CONFIG).is_file()]
         if not found:
             raise ValueError(f"--lora {folder}: there is no {ADAPTER_CONFIG} in it, nor in a folder in it")
         for path in found:
-            name = path.resolve().name
-            adapters[str(path) if name in adapters else name] = str(path)
+            paths.setdefault(path.resolve(), path)
+    adapters: dict[str, str] = {}
+    for resolved, path in paths.items():
+        names = ("/".join(resolved.parts[-length:]) for length in range(1, len(resolved.parts) + 1))
+        adapters[next(name for name in names if name not in (NO_ADAPTER, *adapters))] = str(path)
     return adapters
+
+
+def _read(path: Path) -> Image.Image:
+    """A picture that a page has sent; errors call it as its owner does, not by its folder here."""
+    try:
+        return read_picture(path)
+    except OSError as error:
+        raise OSError(f"{path.name} cannot be read as a picture") from error
 
 
 def settings_of(path: Path) -> dict[str, Any]:
