@@ -1,5 +1,6 @@
 """The page in a real browser, and its functions over HTTP: the app runs as a process of its own."""
 
+import json
 import os
 import re
 import shutil
@@ -8,9 +9,11 @@ import socket
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
@@ -38,12 +41,14 @@ def url(output: Path, adapters: Path) -> Iterator[str]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "echo4o_hf.cli", "app", "--model", MODEL, "--port", str(port)]
+    temporary = output.parent / "temporary"  # so that the pictures are not in it, which Gradio would send by itself
+    temporary.mkdir()
     with (output.parent / "log").open("w") as log:
         app = subprocess.Popen(
             [*command, "--output", str(output), "--lora", str(adapters)],
             stdout=log,
             stderr=subprocess.STDOUT,
-            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+            env={**os.environ, "PYTHONUNBUFFERED": "1", "TMPDIR": str(temporary)},
         )
         try:
             end = time.monotonic() + SECONDS
@@ -53,7 +58,7 @@ def url(output: Path, adapters: Path) -> Iterator[str]:
             yield f"http://127.0.0.1:{port}"
             app.send_signal(signal.SIGINT)
             assert app.wait(SECONDS) == 0, (output.parent / "log").read_text()
-            assert "Traceback" not in (output.parent / "log").read_text()
+            assert "echo4o_hf/" not in (output.parent / "log").read_text(), "a trace of ours"
         finally:
             app.kill()
 
@@ -117,8 +122,61 @@ def test_errors_say_what_to_do(client: Client, prompt: str, seed: int | None, me
 
 def test_a_broken_reference_is_named(client: Client, tmp_path: Path) -> None:
     (tmp_path / "broken.png").write_bytes(b"no picture")
-    with pytest.raises(AppError, match="broken.png cannot be read as a picture"):
+    with pytest.raises(AppError, match=r"^broken\.png cannot be read as a picture$"):
         draw(client, "a cat", [tmp_path / "broken.png"])
+
+
+@pytest.mark.parametrize("meta", [{}, {"meta": {"_type": "gradio.FileData"}}])
+def test_a_client_names_no_files_of_the_server(url: str, client: Client, picture: Path, meta: dict) -> None:
+    reference = {"image": {"path": str(picture), **meta}, "caption": None}
+    drawing = ["make it blue", [reference], 1, 2, 3, False, True, 64, 64, *DEFAULTS, "", None]
+    assert not send(url, client, "draw", drawing)
+    assert not send(url, client, "ask", [{"text": "what is it?", "files": [{"path": str(picture), **meta}]}, None])
+    drawing[1] = []
+    assert send(url, client, "draw", drawing)
+
+
+def send(url: str, client: Client, name: str, data: list) -> bool:
+    """Whether a call succeeds whose data no client has looked at."""
+    number = next(one["id"] for one in client.config["dependencies"] if one["api_name"] == name)
+    session = uuid.uuid4().hex
+    httpx.post(f"{url}/gradio_api/queue/join", json={"data": data, "fn_index": number, "session_hash": session})
+    with httpx.stream("GET", f"{url}/gradio_api/queue/data?session_hash={session}", timeout=SECONDS) as stream:
+        messages = (json.loads(line[5:]) for line in stream.iter_lines() if line.startswith("data:"))
+        return next(one["success"] for one in messages if one["msg"] == "process_completed")
+
+
+@pytest.mark.parametrize("adapter", ["/etc", "some/name"])
+def test_a_client_names_no_other_adapters(client: Client, adapter: str) -> None:
+    with pytest.raises(AppError) as refusal:
+        client.predict("a cat", [], 1, 2, 3, False, True, 64, 64, *DEFAULTS[:-2], adapter, 1.0, api_name="/draw")
+    assert str(refusal.value) == f"Value: {adapter} is not in the list of choices: ['none', 'strong']"
+
+
+def ask(client: Client, text: str, *files: Path) -> list:
+    *_, run = client.predict({"text": text, "files": [handle_file(path) for path in files]}, api_name="/ask")
+    return client.predict(20, 0, "none", 1, run, api_name="/answer")[0]
+
+
+def test_a_question_that_cannot_be_answered_goes_back(url: str, picture: Path, tmp_path: Path) -> None:
+    client = Client(url, verbose=False, analytics_enabled=False)
+    assert [one["role"] for one in ask(client, "Describe the picture.", picture)] == ["user", "user", "assistant"]
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    with pytest.raises(AppError, match=r"^broken\.png cannot be read as a picture$"):
+        ask(client, "and this one?", tmp_path / "broken.png")
+    conversation = ask(client, "what is it?")
+    assert [one["role"] for one in conversation] == ["user", "user", "assistant"] + ["user", "assistant"]
+    assert "a drawing of" in conversation[2]["content"][0]["text"]
+    assert conversation[3]["content"][0]["text"] == "what is it?"
+
+
+def test_one_question_at_a_time(url: str) -> None:
+    client = Client(url, verbose=False, analytics_enabled=False)
+    with pytest.raises(AppError, match="Ask something first"):
+        client.predict(20, 0, "none", 1, api_name="/answer")
+    client.predict({"text": "what is it?", "files": []}, api_name="/ask")
+    with pytest.raises(AppError, match="Wait for the answer, or stop it"):
+        client.predict({"text": "and now?", "files": []}, api_name="/ask")
 
 
 def test_a_prompt_becomes_a_picture_that_holds_its_settings(page: Page, tmp_path: Path) -> None:
@@ -156,6 +214,68 @@ def test_stop_ends_a_long_run(page: Page, output: Path) -> None:
     expect(page.locator("#status")).to_contain_text(re.compile(r"Stopped after \d?\d of 100 steps"))
     expect(page.locator("#generate")).to_be_enabled()
     assert len(list(output.iterdir())) == pictures
+
+
+@pytest.mark.slow
+def test_after_an_error_the_page_goes_on(page: Page, picture: Path, tmp_path: Path) -> None:
+    errors = page.locator("[data-testid=toast-text]")
+    page.locator("#generate").click()
+    expect(errors.filter(has_text="a prompt must hold text")).to_be_visible()
+    expect(page.locator("#generate")).to_be_enabled()
+    expect(page.locator("#stop")).to_be_disabled()
+    page.get_by_role("tab", name="Chat").click()
+    page.locator("#question input[type=file]").set_input_files(picture)
+    expect(page.locator("#question img")).to_be_visible()
+    page.locator("#question textarea").press("Enter")
+    expect(errors.filter(has_text="Write a question")).to_be_visible()
+    page.locator("#question textarea").fill("what is it? " * 200)
+    page.keyboard.press("Enter")
+    expect(errors.filter(has_text="shorten it")).to_be_visible()
+    expect(page.locator("#stop-chat")).to_be_disabled()
+    expect(page.locator("#question img")).to_be_visible()
+    page.locator("#question textarea").fill("Describe the picture.")
+    page.keyboard.press("Enter")
+    expect(page.locator("#chat .bot").last).to_contain_text("a drawing of")
+    page.locator("#chat").get_by_label("Clear").click()
+    expect(page.locator("#chat .user")).to_have_count(0)
+    page.locator("#question textarea").fill("and now?")
+    page.keyboard.press("Enter")
+    expect(page.locator("#chat .user")).to_have_count(1)
+
+
+@pytest.mark.slow
+def test_stop_is_for_its_tab(page: Page, output: Path) -> None:
+    pictures = len(list(output.iterdir())) if output.exists() else 0
+    begin_a_long_run(page)
+    page.get_by_role("tab", name="Chat").click()
+    page.locator("#question textarea").fill("what is it?")
+    page.keyboard.press("Enter")
+    expect(page.locator("#chat .user")).to_be_visible()
+    page.get_by_role("tab", name="Images").click()
+    page.locator("#prompt textarea").press("Shift+Enter")
+    expect(page.locator("[data-testid=toast-text]")).to_contain_text("Wait for the images, or stop them")
+    page.locator("#stop").click()
+    expect(page.locator("#status")).to_contain_text(re.compile(r"Stopped after \d?\d of 100 steps"))
+    expect(page.locator("#generate")).to_be_enabled()
+    expect(page.locator("#stop")).to_be_disabled()
+    page.get_by_role("tab", name="Chat").click()
+    expect(page.locator("#chat .bot").last).not_to_be_empty()
+    expect(page.locator("#stop-chat")).to_be_disabled()
+    assert len(list(output.iterdir())) == pictures
+
+
+@pytest.mark.slow
+def test_stop_in_chat_leaves_the_drawing(page: Page, output: Path) -> None:
+    begin_a_long_run(page)
+    page.get_by_role("tab", name="Chat").click()
+    page.locator("#question textarea").fill("what is it?")
+    page.keyboard.press("Enter")
+    page.locator("#stop-chat").click()
+    page.get_by_role("tab", name="Images").click()
+    expect(page.locator("#status")).to_contain_text("8 images in")
+    page.get_by_role("tab", name="Chat").click()
+    expect(page.locator("#question textarea")).to_have_value("what is it?")
+    expect(page.locator("#chat .user")).to_have_count(0)
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import gradio as gr
 
 from ..pipeline.guidance import REFERENCES, RENORMS, TEXT_TO_IMAGE
-from .session import MODEL, Stops
+from .session import MODEL, Runs, message, served, uploaded
 from .studio import Drawing, Studio, settings_of
 
 MAX_SEED = 2**32 - 1
@@ -32,13 +32,12 @@ class ImagesTab:
 
     Args:
         studio: draws them.
-        stops: of all tabs.
     """
 
-    def __init__(self, studio: Studio, stops: Stops) -> None:
+    def __init__(self, studio: Studio) -> None:
         """See the class."""
         self.studio = studio
-        self.stops = stops
+        self.runs = Runs(studio)
 
     def build(self, adapter: gr.Dropdown, weight: gr.Slider) -> None:
         """Lay it out, and say what its parts do."""
@@ -65,16 +64,19 @@ class ImagesTab:
             with gr.Column(min_width=300):
                 thinking = self._thinking()
         shown, chosen = gr.State([]), gr.State(None)  # files and captions, the newest first; the file selected
+        run = gr.Textbox("", label="Run", visible=False)
 
         buttons = [generate, stop]
+        quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+        # Queued, for Gradio shows no errors of others; and at once.
         begun = gr.on(
-            [generate.click, prompt.submit], self.begin, None, buttons, queue=False, api_visibility="private"
+            [generate.click, prompt.submit], self.begin, None, [*buttons, run], concurrency_limit=None, **quiet
         )
-        drawn = begun.then(
+        drawn = begun.success(
             self.draw,
             [
                 *(prompt, references, num_images, steps, seed, random_seed),
-                *(*size, *guidance, *thinking, adapter, weight, shown),
+                *(*size, *guidance, *thinking, adapter, weight, run, shown),
             ],
             [gallery, shown, result.plan, result.status, seed],
             concurrency_id=MODEL,
@@ -82,15 +84,13 @@ class ImagesTab:
             show_progress_on=[gallery],
             api_name="draw",
         )
-        drawn.then(self.end, None, buttons, queue=False, api_visibility="private")
-        stop.click(self.stops.stop, queue=False, api_visibility="private")
+        for over in (drawn.success, drawn.failure):  # Gradio's `then` is not called after an error
+            over(self.end, run, buttons, queue=False, api_visibility="private")
+        stop.click(self.runs.stop, queue=False, api_visibility="private")
         outputs = [result.settings, result.details, chosen, result.reuse]
-        quiet = {"show_progress": "hidden", "api_visibility": "private"}
         drawn.success(self.show_newest, shown, outputs, **quiet)
         gallery.select(self.show_selected, shown, outputs, **quiet)
-        result.reuse.click(
-            lambda path, before: [*(before or []), (path, None)], [chosen, references], references, **quiet
-        )
+        result.reuse.click(self.reuse, [chosen, references], references, **quiet)
 
     def _size(self) -> list[gr.components.Component]:
         config = self.studio.pipeline.model.config
@@ -112,13 +112,15 @@ class ImagesTab:
             tokens = gr.Slider(1, longest, min(1000, longest), step=1, label="Tokens of the plan, at most")
         return [thinking, tokens]
 
-    def begin(self, request: gr.Request) -> tuple[gr.Button, gr.Button]:
-        """The buttons while an image is drawn."""
-        self.stops.begin(request)
-        return gr.Button(interactive=False), gr.Button(interactive=True)
+    def begin(self, request: gr.Request) -> tuple[gr.Button, gr.Button, str]:
+        """The buttons while an image is drawn, and the run."""
+        if self.runs.there_are(request):
+            raise message("Wait for the images, or stop them.")
+        return gr.Button(interactive=False), gr.Button(interactive=True), self.runs.begin(request)
 
-    def end(self) -> tuple[gr.Button, gr.Button]:
+    def end(self, run: str, request: gr.Request) -> tuple[gr.Button, gr.Button]:
         """The buttons afterwards."""
+        self.runs.end(request, run)
         return gr.Button(interactive=True), gr.Button(interactive=False)
 
     def draw(
@@ -142,6 +144,7 @@ class ImagesTab:
         max_think_tokens: int,
         adapter: str,
         adapter_weight: float,
+        run: str,
         shown: list[tuple[str, str]],
         request: gr.Request,
         progress: gr.Progress = gr.Progress(),  # noqa: B008 (how Gradio finds it)
@@ -161,14 +164,14 @@ class ImagesTab:
 
         progress(0, desc="writing the plan" if thinking else "reading the prompt")
         began = time.monotonic()
-        with self.stops.during(request) as stop:
+        with self.runs.during(request, run) as stop:
             if random_seed:
                 seed = secrets.randbelow(MAX_SEED)
             if seed is None:
                 raise ValueError("Give a seed, or tick Random seed.")
             drawing = Drawing(
                 prompt,
-                [Path(path) for path, _ in references or []],
+                uploaded(path for path, _ in references or []),
                 range(seed, seed + num_images),
                 arguments,
                 self.studio.find_adapter(adapter),
@@ -181,7 +184,7 @@ class ImagesTab:
         number = "1 image" if len(drawn.paths) == 1 else f"{len(drawn.paths)} images"
         captions = [f"seed {one}" for one in drawing.seeds]
         shown = [*zip(map(str, drawn.paths), captions, strict=True), *shown]
-        gallery = gr.Gallery(shown, selected_index=0)
+        gallery = gr.Gallery([(served(path), caption) for path, caption in shown], selected_index=0)
         return gallery, shown, plan, f"{number} in {time.monotonic() - began:.1f} s", seed
 
     def show_newest(self, shown: list[tuple[str, str]]) -> tuple[Any, ...]:
@@ -191,6 +194,10 @@ class ImagesTab:
     def show_selected(self, shown: list[tuple[str, str]], selected: gr.SelectData) -> tuple[Any, ...]:
         """The settings of the image that was selected."""
         return _details(shown[selected.index][0])
+
+    def reuse(self, path: str, references: list[tuple[str, str | None]] | None) -> list[tuple[str | Path, str | None]]:
+        """The references, and the image that was selected."""
+        return [*((file, None) for file in uploaded(one for one, _ in references or [])), (served(path), None)]
 
 
 def _references() -> gr.Gallery:

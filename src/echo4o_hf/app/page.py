@@ -8,7 +8,6 @@ import gradio as gr
 
 from .chat import ChatTab
 from .images import ImagesTab
-from .session import Stops
 from .studio import NO_ADAPTER, Studio
 
 THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
@@ -22,7 +21,7 @@ CSS = """
 def build_page(studio: Studio) -> gr.Blocks:
     """The page of a studio, to be launched with `THEME` and `CSS`; it loads nothing from elsewhere."""
     title = f"Echo-4o: {studio.source.model}"
-    stops = Stops(studio)
+    images, chat = ImagesTab(studio), ChatTab(studio)
     with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(3600, 86400), fill_width=True) as page:
         gr.Markdown(f"### {escape(title)}")
         with gr.Accordion("Adapter (LoRA)", open=False, render=False, elem_id="adapters") as adapters, gr.Row():
@@ -30,14 +29,14 @@ def build_page(studio: Studio) -> gr.Blocks:
                 [NO_ADAPTER, *studio.adapters],
                 value=NO_ADAPTER,
                 label="Adapter",
-                info="from the list, or typed: a folder or a name on the Hub",
-                allow_custom_value=True,
+                info="those that the app was started with: --lora FOLDER",
             )
             weight = gr.Slider(0, 2, 1, step=0.05, label="Weight")
         with gr.Tab("Images"):
-            ImagesTab(studio, stops).build(adapter, weight)
+            images.build(adapter, weight)
         with gr.Tab("Chat"):
-            ChatTab(studio, stops).build(adapter, weight)
+            chat.build(adapter, weight)
         adapters.render()
-        page.unload(stops.stop)
+        page.unload(images.runs.leave)
+        page.unload(chat.runs.leave)
     return page

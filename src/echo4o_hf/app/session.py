@@ -1,13 +1,17 @@
-"""What each open page may stop, and how it is told what went wrong."""
+"""What each open page runs, may stop and may name, and how it is told what went wrong."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import secrets
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from html import escape
+from pathlib import Path
 from threading import Event
 
 import gradio as gr
+from gradio.processing_utils import save_file_to_cache
+from gradio.utils import get_upload_folder, is_in_or_equal
 
 from ..pipeline.memory import is_out_of_memory
 from .studio import Studio
@@ -15,33 +19,60 @@ from .studio import Studio
 MODEL = "model"  # what all calls of the model wait for, in Gradio's queue
 
 
-class Stops:
-    """What the Stop buttons set, by session, while something waits or runs.
+class Runs:
+    """The runs of a tab on all open pages, which wait for the model or have it.
 
     Args:
-        studio: where it runs.
+        studio: where they run.
     """
 
     def __init__(self, studio: Studio) -> None:
         """See the class."""
         self.studio = studio
-        self._events: dict[str | None, Event] = {}
+        self._stops: dict[tuple[str | None, str], Event] = {}  # by session and run
 
-    def begin(self, request: gr.Request) -> None:
-        """A session asks for something, and may stop it from now on."""
-        self._events[request.session_hash] = Event()
+    def begin(self, request: gr.Request) -> str:
+        """A run of the page, which Stop reaches from now on, until `end`."""
+        run = secrets.token_hex(8)
+        self._stops[request.session_hash, run] = Event()
+        return run
+
+    def end(self, request: gr.Request, run: str) -> None:
+        """The run is over, or never came to the model."""
+        self._stops.pop((request.session_hash, run), None)
+
+    def there_are(self, request: gr.Request) -> bool:
+        """Whether the page has runs in this tab."""
+        return any(session == request.session_hash for session, _ in list(self._stops))
 
     def stop(self, request: gr.Request) -> None:
-        """Stop what the session asked for."""
-        if request.session_hash in self._events:
-            self.studio.stop(self._events[request.session_hash])
+        """Stop all runs of the page in this tab."""
+        for (session, _), stop in list(self._stops.items()):
+            if session == request.session_hash:
+                self.studio.stop(stop)
+
+    def leave(self, request: gr.Request) -> None:
+        """Stop them, for the page is closed; those that still wait will find themselves unknown."""
+        self.stop(request)
+        for session, run in list(self._stops):
+            if session == request.session_hash:
+                self.end(request, run)
 
     @contextmanager
-    def during(self, request: gr.Request) -> Iterator[Event]:
-        """The session's event, during a call of the model; errors that the user can mend become messages."""
-        event = self._events.setdefault(request.session_hash, Event())
+    def during(self, request: gr.Request, run: str) -> Iterator[Event]:
+        """What stops a run, while it has the model; errors that the user can mend become messages.
+
+        Args:
+            request: of the page.
+            run: from `begin`; "" for a call over HTTP, which has not begun.
+        """
+        run = run or self.begin(request)
+        stop = self._stops.get((request.session_hash, run))
+        if stop is None:
+            stop = Event()
+            stop.set()
         try:
-            yield event
+            yield stop
         except (ValueError, OSError, ImportError) as error:
             raise message(str(error)) from error
         except (RuntimeError, MemoryError) as error:
@@ -51,9 +82,27 @@ class Stops:
                 "There is not enough memory for this: draw fewer or smaller images, or take fewer references."
             ) from error
         finally:
-            self._events.pop(request.session_hash, None)
+            self.end(request, run)
 
 
 def message(text: str) -> gr.Error:
     """An error as the page shows it, without a trace in the terminal."""
     return gr.Error(escape(text, quote=False), duration=15, print_exception=False)
+
+
+def uploaded(paths: Iterable[str]) -> list[Path]:
+    """Files that pages have sent; Gradio does not always look whether a client names others of this machine.
+
+    Raises:
+        gr.Error: a file that was not sent.
+    """
+    files = [Path(path) for path in paths]
+    for file in files:
+        if not is_in_or_equal(file, get_upload_folder()):
+            raise message(f"{file.name} was not uploaded: drop it onto the page.")
+    return files
+
+
+def served(path: str) -> str:
+    """A copy of a file that Gradio sends to the page, wherever the file is."""
+    return save_file_to_cache(path, get_upload_folder())
