@@ -248,6 +248,7 @@ class Echo4oPipeline(LoraMixin, StepCacheMixin, DiffusionPipeline):
             torch.OutOfMemoryError: a note on it says what needs less.
         """
         # 1. Check the inputs.
+        self._interrupt = False
         for name, flag in (("thinking", thinking), ("return_dict", return_dict)):
             check_flag(name, flag)
         check_count("num_images_per_prompt", num_images_per_prompt)
@@ -274,7 +275,6 @@ class Echo4oPipeline(LoraMixin, StepCacheMixin, DiffusionPipeline):
         )
 
         # 2. Read references and prompts, once each.
-        self._interrupt = False
         contexts = self.encode_contexts(prompts, max_think_tokens if thinking else None)
 
         # 3. Draw the noise.
