@@ -120,7 +120,9 @@ def test_ctrl_c_exits_with_130_and_writes_nothing(tmp_path: Path) -> None:
         assert process.stderr
         seen = b""
         while b"0/1000" not in seen:  # the loop over the steps has begun
-            seen += process.stderr.read(1)
+            read = process.stderr.read(1)
+            assert read, seen.decode()
+            seen += read
         process.send_signal(signal.SIGINT)
         assert process.stderr.read().endswith(b"echo4o: interrupted\n")
     assert process.returncode == 130

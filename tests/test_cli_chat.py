@@ -99,7 +99,9 @@ def test_ctrl_c_ends_the_answer_and_not_the_conversation(picture: Path) -> None:
         first = process.stdout.read(1)  # it is speaking
         process.send_signal(signal.SIGINT)
         while not first.endswith(b"\n"):
-            first += process.stdout.read(1)
+            read = process.stdout.read(1)
+            assert read, first.decode()
+            first += read
         process.stdin.write(b"And now?\n")
         process.stdin.close()
         second = process.stdout.read()

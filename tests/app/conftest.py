@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw
 
 from echo4o_hf.app.studio import Studio
 from echo4o_hf.pipeline.pipeline_echo4o import Echo4oPipeline
-from echo4o_hf.pipeline.samples import Source
+from echo4o_hf.pipeline.source import Source
 
 MODEL = "echo4o-miniature"
 

@@ -18,7 +18,7 @@ from transformers.utils import is_flash_attn_2_available, is_kernels_available
 from echo4o_hf.model.packages import NOT_QUANTIZED
 from echo4o_hf.pipeline.memory import advice, is_out_of_memory
 from echo4o_hf.pipeline.pipeline_echo4o import Echo4oPipeline
-from echo4o_hf.pipeline.samples import Source
+from echo4o_hf.pipeline.source import Source
 
 CAT, ROCKET = Image.fromarray(skimage.data.chelsea()), Image.fromarray(skimage.data.rocket())
 MODES = {

@@ -20,12 +20,12 @@ from echo4o_hf.pipeline.pipeline_echo4o import Echo4oPipeline
 from echo4o_hf.pipeline.records import read_record
 from echo4o_hf.pipeline.samples import (
     Drawn,
-    Source,
     draw_samples,
     find_pipeline_class,
     noise_seed,
     read_arguments,
 )
+from echo4o_hf.pipeline.source import Source
 
 PROMPTS = {0: "a red cat", 1: "two blue hats", 7: "a cat", 12: "two hats two hats a red cat"}
 FAST = {"num_inference_steps": 2, "height": 32, "width": 32}

@@ -22,7 +22,8 @@ from ..model.checkpoint import ADAPTER_CONFIG
 from ..model.context import Context
 from ..pipeline.pipeline_echo4o import Echo4oPipeline, Echo4oPipelineOutput
 from ..pipeline.records import JSON_TEXTS, save_png
-from ..pipeline.samples import Source, read_arguments, read_picture
+from ..pipeline.samples import read_arguments, read_picture
+from ..pipeline.source import Source
 
 ADAPTER = "app"  # what the pipeline calls the adapter that was chosen
 NO_ADAPTER = "none"

@@ -13,7 +13,8 @@ from .loading import add_adapter_argument, add_loading_arguments, read_adapters,
 
 if TYPE_CHECKING:
     from ..pipeline.prompt_file import Request
-    from ..pipeline.samples import Sample, Source
+    from ..pipeline.samples import Sample
+    from ..pipeline.source import Source
 
 RENORMS = ("global", "channel", "text_channel")
 MAX_GRID = 256  # pictures; larger grids are more than Pillow opens without a warning

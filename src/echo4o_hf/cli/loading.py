@@ -13,7 +13,7 @@ from .command import DTYPES
 if TYPE_CHECKING:
     import torch
 
-    from ..pipeline.samples import Source
+    from ..pipeline.source import Source
 
 QUANTIZATIONS = ("4bit", "8bit")
 
@@ -86,7 +86,7 @@ def read_source(
         ValueError: a device that is not here, or options that do not go together.
         ImportError: bitsandbytes is missing.
     """
-    from ..pipeline.samples import Source
+    from ..pipeline.source import Source
 
     device = _read_device(args.device)
     for name, given in (("--quantize", args.quantize), ("--compile", compiled)):
