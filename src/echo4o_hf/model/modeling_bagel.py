@@ -734,8 +734,8 @@ class BagelForConditionalGeneration(BagelPreTrainedModel, GenerationMixin):
 
     # ------------------------------------------------------------------------------------------------- inference
 
-    def reading(self) -> AbstractContextManager[Any]:
-        """Layers that were compiled to draw run uncompiled within: texts are of any length, and each would compile."""
+    def _uncompiled(self) -> AbstractContextManager[Any]:
+        """Layers that were compiled to draw run as they are: texts are of any length, and each would be compiled."""
         is_compiled = self.language_model.model.layers[0]._compiled_call_impl is not None
         return torch.compiler.set_stance("force_eager") if is_compiled else nullcontext()
 
@@ -750,7 +750,7 @@ class BagelForConditionalGeneration(BagelPreTrainedModel, GenerationMixin):
         )
         # Not self.device: an offloaded model is moved when it is called.
         inputs = {name: value.to(context.attention_mask.device) for name, value in batch.items()}
-        with self.reading():
+        with self._uncompiled():
             output = self(
                 **inputs,
                 attention_mask=context.attention_mask,
@@ -826,7 +826,7 @@ class BagelForConditionalGeneration(BagelPreTrainedModel, GenerationMixin):
         Raises:
             ValueError: Another cache, none, or assisted generation.
         """
-        with self.reading():
+        with self._uncompiled():
             return super().generate(*args, **kwargs)
 
     def generate_from(self, context: Context, max_new_tokens: int, **kwargs: Any) -> Tensor:

@@ -32,7 +32,7 @@ import diffusers
 import torch
 from accelerate import PartialState
 from diffusers import DiffusionPipeline
-from PIL import Image, ImageOps
+from PIL import Image
 from tqdm.auto import tqdm
 
 from ..model.checkpoint import BUNDLED_NAMES
@@ -214,14 +214,15 @@ def read_arguments(pipeline_class: type[DiffusionPipeline], given: Mapping[str, 
 
 
 def read_picture(path: Path) -> Image.Image:
-    """A picture, read to its end and turned upright: cameras store photographs sideways, with a note in EXIF.
+    """A picture, read to its end.
 
     Raises:
         OSError: there is no such file, or it is no whole picture.
     """
     try:
         with Image.open(path) as image:
-            return ImageOps.exif_transpose(image)
+            image.load()
+            return image
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise OSError(f"{path} cannot be read as a picture: {error}") from error
 
