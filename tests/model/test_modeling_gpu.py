@@ -119,3 +119,23 @@ def test_writing_is_the_same_in_float32(model, rows):
     expected = model.generate(input_ids=ids, max_new_tokens=8, do_sample=False)
     actual = copy.deepcopy(model).to(DEVICE).generate(input_ids=ids.to(DEVICE), max_new_tokens=8, do_sample=False)
     assert actual.tolist() == expected.tolist()
+
+
+@torch.no_grad()
+def test_an_update_can_be_recorded_as_a_cuda_graph(model, rows):
+    """It waits for nothing on the CPU, and reads and writes the same memory each time."""
+    gpu = on_device(model)
+    text, target = rows[1]
+    context = gpu.prefill(Context.empty(1, gpu.device), [text])
+    block = gpu.prepare_noisy_block([context, Context.empty(1, gpu.device)], [target.grid] * 2)
+    latents = torch.stack([target.latents] * 2).to(DEVICE)
+    timestep = torch.full((2,), 0.7, device=DEVICE)
+    gpu.predict_velocity(latents, timestep, block)  # a stream's first call allocates workspaces, which none may record
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        recorded = gpu.predict_velocity(latents, timestep, block)
+    for time in (0.7, 0.2):
+        latents.normal_()
+        timestep.fill_(time)
+        graph.replay()
+        assert error(recorded, gpu.predict_velocity(latents, timestep, block)) < 1e-3

@@ -219,6 +219,25 @@ def test_adapters_after_group_offload_to_disk(pipe, folder, tmp_path):
     assert_same(offloaded, pipe, atol=0)
 
 
+@pytest.mark.parametrize("excluded", ["model", "vae"])
+def test_what_is_on_disk_is_not_saved(folder, tmp_path, excluded):
+    offloaded = load(folder)
+    lora = save_adapter(folder, tmp_path / "lora")
+    offloaded.enable_group_offload(
+        torch.device("cpu"),
+        offload_type="leaf_level",
+        offload_to_disk_path=str(tmp_path / "disk"),
+        exclude_modules=[excluded],
+    )
+    with pytest.raises(ValueError, match=r"are on disk.*without offload_to_disk_path"):
+        offloaded.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+    if excluded == "vae":
+        offloaded.load_lora_weights(lora)
+        with pytest.raises(ValueError, match="BagelForConditionalGeneration are on disk"):
+            offloaded.fuse_lora()
+
+
 def test_device_map(pipe, folder, tmp_path):
     assert_same(load(folder, device_map="auto"), pipe, atol=0)
     half = sum(weight.nbytes for weight in pipe.model.parameters()) // 2

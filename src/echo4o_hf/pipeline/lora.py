@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from diffusers import AutoencoderKL
 from diffusers.hooks.group_offloading import (
     _get_top_level_group_offload_hook,
     _maybe_remove_and_reapply_group_offloading,
 )
 from diffusers.loaders.lora_base import LoraBaseMixin
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.utils import is_peft_available
 
 from ..model.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, find_adapter
@@ -40,6 +41,7 @@ class LoraMixin(LoraBaseMixin):
     _lora_loadable_modules = ["model"]
 
     model: BagelForConditionalGeneration
+    vae: AutoencoderKL
 
     def load_lora_weights(
         self,
@@ -118,11 +120,12 @@ class LoraMixin(LoraBaseMixin):
         self.model.peft_config[names[0]].save_pretrained(folder)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
-        """As upstream's, which would write adapters in place of the model.
+        """As upstream's, which would write adapters in place of the model, or weights that are not in memory.
 
         Raises:
-            ValueError: adapters are loaded.
+            ValueError: adapters are loaded, or a part is on disk.
         """
+        self._check_in_memory(self.model, self.vae)
         if self._adapter_names():
             raise ValueError(
                 f"adapters {self._adapter_names()} are loaded: merge them for good with fuse_lora() and "
@@ -175,9 +178,11 @@ class LoraMixin(LoraBaseMixin):
             adapter_names: by default the active ones.
 
         Raises:
-            ValueError: an adapter is not loaded or none is, adapters are fused already, or a sum is not finite.
+            ValueError: an adapter is not loaded or none is, adapters are fused already, a sum is not finite, or the
+                weights are on disk.
         """
         self._check_not_fused()
+        self._check_in_memory(self.model)
         names = list(adapter_names) if adapter_names is not None else self.get_active_adapters()
         self._check_loaded(names)
         # diffusers would scale the active adapters instead of the named ones, and leave them scaled.
@@ -228,6 +233,16 @@ class LoraMixin(LoraBaseMixin):
             raise ValueError(
                 f"no adapter {', '.join(map(repr, missing)) or 'given'}; loaded are {self._adapter_names() or 'none'}"
             )
+
+    def _check_in_memory(self, *parts: nn.Module) -> None:
+        """Group offload to disk leaves tensors of any content in memory, between calls."""
+        for part in parts:
+            hook = _get_top_level_group_offload_hook(part)
+            if hook is not None and hook.config.offload_to_disk_path is not None:
+                raise ValueError(
+                    f"the weights of {type(part).__name__} are on disk, in {hook.config.offload_to_disk_path}: load "
+                    "the pipeline again, without offload_to_disk_path"
+                )
 
     def _check_not_fused(self) -> None:
         if self.fused_loras:
