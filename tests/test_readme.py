@@ -24,8 +24,11 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 
 
+HERE_DOCUMENT = re.compile(r"^cat > (\S+) <<'EOF'\n(.*?)^EOF\n", re.MULTILINE | re.DOTALL)
+
+
 def commands() -> list[list[str]]:
-    lines = [line for block in blocks("sh") for line in block.splitlines()]
+    lines = [line for block in blocks("sh") for line in HERE_DOCUMENT.sub("", block).splitlines()]
     return [shlex.split(line, comments=True) for line in lines if line]
 
 
@@ -96,6 +99,19 @@ def test_evaluate_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     for command in run:
         assert main(command[1:]) == 0
     assert "a green heart, one orange cross" in Path("shapes-results/report.html").read_text(encoding="utf-8")
+
+
+def test_drawing_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for block in blocks("sh"):
+        for name, content in HERE_DOCUMENT.findall(block):
+            Path(name).write_text(content, encoding="utf-8")
+    run = [command for command in commands() if {"shapes.png", "prompts.txt"} & {*command}]
+    assert [command[1] for command in run] == ["generate", "generate", "chat"]
+    for command in run:
+        assert main([*command[1:], *(["--steps", "1"] if command[1] == "generate" else [])]) == 0
+    assert sorted(path.name for path in Path("drawn").glob("*_0.png")) == ["1_0.png", "2_0.png", "3_0.png"]
+    assert Image.open("grid.png").size[0] > 4 * 64
 
 
 def test_benchmark_commands_exist() -> None:
