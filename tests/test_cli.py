@@ -311,6 +311,8 @@ def test_generate_a_benchmark_and_evaluate_it(tmp_path: Path, capsys: pytest.Cap
     [
         (["--pipeline-argument", "guidance=3"], "Echo4oPipeline takes no guidance; did you mean guidance_"),
         (["--pipeline-argument", "num_inference_steps=3"], "num_inference_steps is given twice: 2 and 3"),
+        (["--pipeline-argument", "height=33"], "item 0: height=33"),
+        (["--steps", "1001"], "item 0: num_inference_steps=1001 must be at most 1000"),
         (["--image", "a.png"], "--image goes with PROMPT, not with --benchmark"),
         (["--seeds", "0-2"], "--seeds goes with PROMPT or --prompts, not with --benchmark"),
         (["--batch-size", "0"], "batch_size=0 must be at least 1"),

@@ -99,6 +99,22 @@ def test_lines_with_references_and_seeds(reference: Path, tmp_path: Path) -> Non
     assert generate("--prompts", path, "-o", out, *options) == 2  # another picture is another drawing
 
 
+def test_other_seeds_with_other_settings_are_another_folder(
+    prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert generate("--prompts", prompts, "--seeds", 1, "-o", out) == 0
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    for other in (("--steps", 3), ("--dtype", "bfloat16")):
+        capsys.readouterr()
+        assert generate("--prompts", prompts, "--seeds", 0, "-o", out, *other) == 2
+        last = capsys.readouterr().err.splitlines()[-1]
+        assert "1_1.png was drawn with " in last and "name another folder" in last
+        assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert generate("--prompts", prompts, "--seeds", 0, "-o", out) == 0
+    assert len(lines(out)) == 6
+
+
 def test_references_are_known_by_their_content(
     reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -170,6 +186,7 @@ def test_mistakes(
     ("line", "message"),
     [
         ({"prompt": "a heart", "height": 33}, "height=33"),
+        ({"prompt": "a heart", "num_inference_steps": 1001}, "num_inference_steps=1001 must be at most 1000"),
         ({"prompt": "a heart", "images": ["missing.png"]}, "missing.png"),
         ({"prompt": "a heart", "seed": 1}, "has a seed of its own"),
         ({"prompt": "heart " * 600}, "the tokenizer's limit is 256"),

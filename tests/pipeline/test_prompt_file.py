@@ -19,17 +19,19 @@ def write(folder: Path, *lines: object) -> Path:
 
 def test_texts_and_json(tmp_path: Path) -> None:
     settings = {"prompt": "two cats", "images": ["a.png", "/b.png"], "seed": 7, "guidance_interval": [0, 1]}
-    path = write(tmp_path, "\ufeff a red cat\u2028 ", "", settings, "ein Hütchen, 帽子")
+    path = write(tmp_path, "\ufeff a red cat\u2028 ", "", settings, "ein Hütchen, 帽子", {"prompt": "# a cat"})
     assert read_prompt_file(path) == [
         Request("a red cat", 1),
         Request("two cats", 3, (tmp_path / "a.png", Path("/b.png")), 7, {"guidance_interval": [0, 1]}),
         Request("ein Hütchen, 帽子", 4),
+        Request("# a cat", 5),
     ]
 
 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
+        ("# a cat", 'there are no comments; .* write {"prompt": "# a cat"}'),
         ("{prompt: a cat}", "no JSON, though it starts with a brace"),
         ({}, '"prompt" must be a text, got None'),
         ({"prompt": " "}, '"prompt" must be a text'),
@@ -60,6 +62,7 @@ def test_files_without_prompts(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         ({"num_inference_steps": 0}, "num_inference_steps=0"),
+        ({"num_inference_steps": 1001}, "num_inference_steps=1001 must be at most 1000"),
         ({"height": 33}, "height=33"),
         ({"width": "wide"}, "width='wide'"),
         ({"guidance_scale": "high"}, "guidance_scale='high'"),

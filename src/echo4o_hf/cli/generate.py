@@ -153,13 +153,18 @@ def _generate_benchmark(args: argparse.Namespace, given: dict[str, Any]) -> None
             raise ValueError(f"{name} is given twice: {given[name]!r} and {value!r}")
         given[name] = value
     from ..benchmarks.items import load_items
-    from ..pipeline.samples import draw_samples
+    from ..pipeline.pipeline_echo4o import Echo4oPipeline
+    from ..pipeline.prompt_file import Request
+    from ..pipeline.samples import draw_samples, find_pipeline_class
 
     items = load_items(args.benchmark, args.items)
     key = "prompt" if args.benchmark == "geneval_pp" else "instruction"
+    prompts = {item.get("id", place): item[key] for place, item in enumerate(items)}
+    if find_pipeline_class(args.model) is Echo4oPipeline:
+        _check(args, [Request(prompt, number) for number, prompt in prompts.items()], given, "item")
     new, kept = draw_samples(
         _source(args),
-        {item.get("id", place): item[key] for place, item in enumerate(items)},
+        prompts,
         args.output,
         samples_per_prompt=1 if args.images_per_prompt is None else args.images_per_prompt,
         batch_size=1 if args.batch_size is None else args.batch_size,
@@ -202,9 +207,7 @@ def _samples(args: argparse.Namespace, given: dict[str, Any]) -> list[Sample]:
 
 def _requests(args: argparse.Namespace, given: dict[str, Any]) -> list[Request]:
     """What to draw, checked with all that is known of a model without its weights."""
-    from ..model.configuration_bagel import BagelConfig
-    from ..model.processing_bagel import BagelProcessor
-    from ..pipeline.prompt_file import Request, check_request, check_seed, read_prompt_file
+    from ..pipeline.prompt_file import Request, check_seed, read_prompt_file
     from ..pipeline.samples import find_pipeline_class
 
     if args.prompts:
@@ -218,14 +221,22 @@ def _requests(args: argparse.Namespace, given: dict[str, Any]) -> list[Request]:
     pipeline_class = find_pipeline_class(args.model)
     if pipeline_class.__name__ != "Echo4oPipeline":
         raise ValueError(f"{args.model} is a {pipeline_class.__name__}, which draws only with --benchmark")
+    _check(args, requests, given, f"{args.prompts}, line" if args.prompts else None)
+    return requests
+
+
+def _check(args: argparse.Namespace, requests: list[Request], given: dict[str, Any], place: str | None) -> None:
+    """Refuse what Echo-4o cannot draw before its weights are read; the error begins with `place` and the line."""
+    from ..model.configuration_bagel import BagelConfig
+    from ..model.processing_bagel import BagelProcessor
+    from ..pipeline.prompt_file import check_request
+
     processor, config = BagelProcessor.from_pretrained(args.model), BagelConfig.from_pretrained(args.model)
     for request in requests:
         try:
             check_request(request, {**given, **request.arguments}, config, processor)
         except (ValueError, OSError) as error:
-            place = f"{args.prompts}, line {request.line}: " if args.prompts else ""
-            raise ValueError(f"{place}{error}") from error
-    return requests
+            raise ValueError(f"{place} {request.line}: {error}" if place else str(error)) from error
 
 
 def _source(args: argparse.Namespace) -> Source:

@@ -5,7 +5,8 @@
     {"prompt": "this cat in the rain", "images": ["cat.png"], "height": 512, "width": 768}
 
 Whatever else a line of JSON names is an argument of `Echo4oPipeline.__call__`. A line that starts with { is JSON;
-empty lines are left out.
+empty lines are left out. A line that starts with # is an error, for it may be meant as a comment, which there are
+none of, or as a prompt, which is {"prompt": "# ..."}.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from .prompts import count_positions, latent_grid
 from .samples import read_arguments, read_picture
 
 MAX_SEED = 2**63 - 1
+MAX_STEPS = 1000  # `num_train_timesteps` of the scheduler of every Echo-4o
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,9 @@ def read_prompt_file(path: Path) -> list[Request]:
         try:
             if text.startswith("{"):
                 requests.append(_read_json(text, number, path.parent))
+            elif text.startswith("#"):
+                advice = json.dumps({"prompt": text}, ensure_ascii=False)
+                raise ValueError(f"there are no comments; leave the line out, or if it is a prompt, write {advice}")
             elif text:
                 requests.append(Request(text, number))
         except ValueError as error:
@@ -103,7 +108,7 @@ def check_request(
         read_picture(path)
     defaults = {name: one.default for name, one in inspect.signature(Echo4oPipeline.__call__).parameters.items()}
     every = {**defaults, **arguments}
-    check_count("num_inference_steps", every["num_inference_steps"])
+    check_count("num_inference_steps", every["num_inference_steps"], MAX_STEPS)
     check_flag("thinking", every["thinking"])
     if every["thinking"]:
         check_count("max_think_tokens", every["max_think_tokens"])

@@ -49,6 +49,29 @@ def is_drawn(path: Path, wanted: Mapping[str, Any]) -> bool:
         return False
     if not there:
         raise ValueError(f"{path} was not drawn by this command: name another folder, or remove the picture")
+    _check_same(path, there, wanted)
+    return True
+
+
+def check_others(folder: Path, records: Mapping[str, Mapping[str, Any]]) -> None:
+    """Refuse to add pictures to others of the same prompts, as with other seeds, that were drawn differently.
+
+    Args:
+        folder: of pictures.
+        records: of those to draw, by the names of their files.
+
+    Raises:
+        ValueError: one was drawn with other settings or weights.
+    """
+    by_number = {record["number"]: record for record in records.values()}
+    for path in sorted(folder.iterdir()):
+        match = _NAME.fullmatch(path.name)
+        wanted = by_number.get(int(match[1])) if match else None
+        if wanted and path.name not in records and (there := read_record(path)):
+            _check_same(path, there, {**wanted, "seed": there["seed"]})
+
+
+def _check_same(path: Path, there: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     before, now = there["parameters"], wanted["parameters"]
     pairs = [
         (name, there.get(name), wanted.get(name)) for name in (*COMPARED, *COMPARED_IF_ANY) if name != "parameters"
@@ -61,7 +84,6 @@ def is_drawn(path: Path, wanted: Mapping[str, Any]) -> bool:
     old, new = there.get("model_fingerprint"), wanted.get("model_fingerprint")
     if old and new and old != new:
         raise ValueError(f"{path} was drawn with other weights than {wanted['model']} has now: {WHAT_TO_DO}")
-    return True
 
 
 def _without_places(value: Any) -> Any:

@@ -37,7 +37,7 @@ from tqdm.auto import tqdm
 
 from ..model.checkpoint import BUNDLED_NAMES
 from .pipeline_echo4o import Echo4oPipeline
-from .records import JSON_TEXTS, is_drawn, save_png, write_metadata
+from .records import JSON_TEXTS, check_others, is_drawn, save_png, write_metadata
 from .source import Source
 
 SET_HERE = (
@@ -131,8 +131,8 @@ def draw_missing(samples: Sequence[Sample], folder: Path, source: Source, batch_
 
     Raises:
         OSError: the checkpoint or an adapter cannot be read, or a picture not be written.
-        ValueError: a number below 1, an argument that the pipeline does not take, or a picture in `folder` that was
-            drawn with other settings.
+        ValueError: a number below 1, an argument that the pipeline does not take, or a picture in `folder`, of these
+            or with other seeds, that was drawn with other settings.
         KeyboardInterrupt: with how many pictures there are; all of them are whole.
     """
     if batch_size < 1:
@@ -142,6 +142,7 @@ def draw_missing(samples: Sequence[Sample], folder: Path, source: Source, batch_
     records = {sample.file_name: _record(sample, settings, pipeline_class) for sample in samples}
     state = PartialState(cpu=torch.device(source.device).type == "cpu")
     folder.mkdir(parents=True, exist_ok=True)
+    check_others(folder, records)
     with state.split_between_processes(list(samples)) as mine:
         missing = [sample for sample in mine if not is_drawn(folder / sample.file_name, records[sample.file_name])]
     try:
