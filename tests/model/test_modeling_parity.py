@@ -85,9 +85,7 @@ def test_understanding(model, numbers, facts, case):
     torch.testing.assert_close(hidden, numbers[f"{case}.prefill_hidden"], atol=2e-5, rtol=0)
     torch.testing.assert_close(whole.logits[0, -1], numbers[f"{case}.prefill_last_logits"], atol=1e-4, rtol=0)
 
-    written = model.generate_from(
-        context, 9, do_sample=False, eos_token_id=None, output_logits=True, return_dict_in_generate=False
-    )
+    written = model.generate_from(context, 9, do_sample=False, eos_token_id=None)
     assert written[0].tolist() == [*facts[case]["eight_greedy_ids"], facts[case]["ninth_prediction"]]
     end = facts[case]["with_end_token_id"]
     stopped = model.generate_from(context, 9, do_sample=False, eos_token_id=end, pad_token_id=end)[0].tolist()

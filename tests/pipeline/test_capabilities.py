@@ -99,15 +99,60 @@ def test_streams_give_the_text_that_is_returned(pipe, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"use_cache": False}, "with a DynamicCache, not with NoneType: leave use_cache"),
+        ({"use_cache": False}, "with a DynamicCache, not with NoneType and use_cache=False: leave use_cache"),
         ({"cache_implementation": "static"}, "with a DynamicCache, not with StaticCache"),
         ({"prompt_lookup_num_tokens": 3}, "assisted generation .* needs a prompt of text"),
+        ({"output_hidden_states": True}, "output_hidden_states and output_attentions are not kept"),
+        ({"output_attentions": True, "return_dict_in_generate": True}, "output_attentions are not kept"),
     ],
 )
 def test_ways_to_write_that_lose_the_pictures_are_refused(pipe, options, message):
     inputs = pipe.processor(text="a red cat", images=[CAT])
     with pytest.raises(ValueError, match=message):
         pipe.model.generate(**inputs, max_new_tokens=3, **options)
+
+
+def test_guessing_ahead_writes_the_same_text(pipe):
+    inputs = pipe.processor(text="a red cat a red")
+    assert torch.equal(
+        new_ids(pipe, inputs, max_new_tokens=9, prompt_lookup_num_tokens=2), new_ids(pipe, inputs, max_new_tokens=9)
+    )
+
+
+def test_going_on_from_a_cache_needs_positions(pipe):
+    """A picture has more tokens than positions, so that tokens do not tell where the text goes on."""
+    inputs = pipe.processor(text="a red cat", images=[CAT])
+    first = pipe.model.generate(**inputs, max_new_tokens=3, eos_token_id=None, return_dict_in_generate=True)
+    ids = torch.cat([first.sequences, inputs["input_ids"][:, -1:]], dim=1)
+    more = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "do_sample": False, "eos_token_id": None}
+    with pytest.raises(ValueError, match="past_key_values need position_ids"):
+        pipe.model.generate(**more, past_key_values=first.past_key_values, max_new_tokens=3)
+
+    begin = int(inputs["position_ids"][0, -1]) + 1
+    positions = torch.arange(begin, begin + 4)[None]
+    whole = {
+        name: torch.cat([inputs[name], inputs[name][:, -1:].expand(1, 4)], 1)
+        for name in inputs
+        if inputs[name].ndim == 2
+    }
+    whole |= {"input_ids": ids, "position_ids": torch.cat([inputs["position_ids"], positions], 1)}
+    expected = new_ids(pipe, {**inputs, **whole}, max_new_tokens=3)
+    found = pipe.model.generate(
+        **more, past_key_values=first.past_key_values, position_ids=positions, max_new_tokens=3
+    )
+    assert found[:, ids.shape[1] :].tolist() == expected.tolist()
+
+
+def test_text_after_a_context_does_not_hang_on_the_settings_of_the_model(pipe):
+    context = pipe.prefill(Context.empty(1), [[pipe.processor.text_segment("a red cat")]])
+    expected = pipe.model.generate_from(context, 6, do_sample=False)
+    for name, value in {"num_beams": 3, "return_dict_in_generate": True, "use_cache": False}.items():
+        before = getattr(pipe.model.generation_config, name)
+        setattr(pipe.model.generation_config, name, value)
+        assert torch.equal(pipe.model.generate_from(context, 6, do_sample=False), expected)
+        setattr(pipe.model.generation_config, name, before)
+    with pytest.raises(TypeError, match="num_beams"):
+        pipe.model.generate_from(context, 6, num_beams=2)
 
 
 def test_sampling_options(pipe):

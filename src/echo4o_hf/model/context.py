@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from transformers import DynamicCache
+from transformers.cache_utils import Cache
 
 
 @dataclass
@@ -75,6 +76,14 @@ class Branch(NamedTuple):
     mask: Any = None
     is_causal: bool = False
     has_room: bool = False
+
+    @classmethod
+    def after(cls, cache: Cache | None, layer: int, num_rows: int, mask: Any, is_causal: bool) -> Branch:
+        """What is cached already, if anything."""
+        if cache is None or not cache.get_seq_length(layer):
+            return cls(num_rows, None, None, mask, is_causal)
+        cached = cache.layers[layer]
+        return cls(num_rows, cached.keys, cached.values, mask, is_causal)
 
     @classmethod
     def with_room(cls, context: Context, layer: int, num_tokens: int, mask: Any) -> Branch:

@@ -5,7 +5,7 @@ latents. Each token passes the norms, projections and MLP of its expert; queries
 attention. Parameter names are those of the official checkpoint, in which the generation expert carries `_moe_gen`.
 
 Letters in shape comments: B batch, U understanding tokens, G generation tokens, L = U + G, K cached tokens,
-D hidden size, H heads, E head size, P vision patches, I images.
+N latent tokens of the largest image, D hidden size, H heads, E head size, P vision patches, I images.
 """
 
 from __future__ import annotations
@@ -44,7 +44,19 @@ from .configuration_bagel import BagelConfig
 from .context import Branch, Context, NoisyBlock
 from .files import check_finite, check_loading_info
 from .packages import naming_packages, spare_small_parts
-from .packing import IGNORE, IMAGE, PADDING, TARGET, TEXT, Grid, Segment, collate, grid_position_ids
+from .packing import (
+    IGNORE,
+    IMAGE,
+    PADDING,
+    TARGET,
+    TEXT,
+    Grid,
+    Segment,
+    collate,
+    grid_position_ids,
+    real_tokens,
+    visibility,
+)
 
 
 @dataclass
@@ -127,8 +139,8 @@ class BagelAttention(nn.Module):
         q, k = rotated[0].to(v.dtype), rotated[1].to(v.dtype)
 
         sizes = [branch.num_rows for branch in branches]
-        rows = zip(q.split(sizes), k.split(sizes), v.split(sizes), branches, strict=True)
-        out = torch.cat([self.attend(*of_branch) for of_branch in rows])
+        of_branches = zip(q.split(sizes), k.split(sizes), v.split(sizes), branches, strict=True)
+        out = torch.cat([self.attend(*of_branch) for of_branch in of_branches])
         out = out.reshape(batch, out.shape[1], -1)  # (B, L, D)
         return self.o_proj(out[:, :num_understanding]), self.o_proj_moe_gen(out[:, num_understanding:]), k, v
 
@@ -138,7 +150,7 @@ class BagelAttention(nn.Module):
             k, v = branch.append(branch.keys, k), branch.append(branch.values, v)  # (rows, H, K + L, E)
         backend = self.config._attn_implementation
         if "flash" in (backend or "") and isinstance(branch.mask, Tensor) and branch.mask.dim() == 4:
-            backend = "sdpa"  # see `BagelForConditionalGeneration.attention_mask`
+            backend = "sdpa"  # see `BagelForConditionalGeneration.make_mask`
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(backend, eager_attention_forward)
         out: Tensor = attention(
             self, q, k, v, branch.mask, scaling=self.scaling, dropout=0.0, is_causal=branch.is_causal
@@ -265,9 +277,7 @@ class BagelVisionTransformer(nn.Module):
         """Patches of all images in a row (P, patch_dim), patches per image -> (P, vision hidden)."""
         embeds = self.embeddings(patches, position_ids)
         images = pad_sequence(list(embeds.split(lengths)), batch_first=True)  # (I, longest, vision hidden)
-        real = (
-            torch.arange(images.shape[1], device=images.device) < torch.tensor(lengths, device=images.device)[:, None]
-        )
+        real = real_tokens(torch.tensor(lengths, device=images.device), images.shape[1])
         mask = create_bidirectional_mask(config=self.config, inputs_embeds=images, attention_mask=real)
         hidden = self.encoder(inputs_embeds=images, attention_mask=mask).last_hidden_state
         return self.post_layernorm(hidden[real])
@@ -358,8 +368,8 @@ class BagelPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _keys_to_ignore_on_load_missing = [r"(latent|vit)_pos_embed\.pos_embed"]
-    # For diffusers' group offloading by blocks, which brings other parts when their parent is called: these are called
-    # without it.
+    # diffusers' group offloading by blocks brings a module when its parent is called, but these when they are called
+    # themselves: their parents never are.
     _group_offload_block_modules = [
         "language_model", "model", "embed_tokens", "rotary_emb", "lm_head", "vit_model", "vision_model", "connector",
         "vit_pos_embed", "latent_pos_embed", "time_embedder", "mlp", "vae2llm", "llm2vae",
@@ -520,10 +530,9 @@ class BagelForConditionalGeneration(BagelPreTrainedModel, GenerationMixin):
             understanding = _place(features, vision_mask, understanding)
 
         # 2. Noise the targets and embed the generation stream.
-        target_mask: Tensor | None = None
-        if latents is None:
-            generation = understanding[:, :0]  # (B, 0, D)
-        else:
+        generation = target_velocity = understanding[:, :0]  # (B, 0, D)
+        target_mask = generation.any(-1)  # (B, 0)
+        if latents is not None:
             if roles is None or segment_ids is None or latent_grids is None:
                 raise ValueError("latents need roles, segment_ids and latent_grids; `collate` makes them")
             num_latents = latents.shape[1]
@@ -532,6 +541,7 @@ class BagelForConditionalGeneration(BagelPreTrainedModel, GenerationMixin):
             timestep = self.sample_timestep(segment_ids[:, -num_latents:]) if timestep is None else timestep
             timestep = torch.where(target_mask, timestep.float(), 0.0)
             noisy = torch.lerp(latents.float(), noise.float(), timestep[..., None])
+            target_velocity = noise.float() - latents.float()  # (B, G, latent_dim)
             generation = self.embed_latents(noisy, timestep, latent_grids)  # (B, G, D)
 
         # 3. Run the experts.
@@ -550,15 +560,12 @@ class BagelForConditionalGeneration(BagelPreTrainedModel, GenerationMixin):
             output.text_loss = self._text_loss(hidden_u, shift_labels, loss_reduction)
             output.loss = output.text_loss
         else:
-            keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else slice(None)
-            output.logits = self.language_model.lm_head(
-                hidden_u[:, keep if isinstance(logits_to_keep, int) else logits_to_keep]
-            )
+            keep = slice(-logits_to_keep or None, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            output.logits = self.language_model.lm_head(hidden_u[:, keep])
         # Per token, the loss is there without targets too: processes that train together wait for all gradients.
-        wanted = target_mask is not None and (loss_reduction == "none" or bool(target_mask.any()))
-        if wanted and latents is not None and noise is not None and target_mask is not None:
+        if latents is not None and (loss_reduction == "none" or bool(target_mask.any())):
             output.velocity = self.llm2vae(hidden_g).float()
-            error = (output.velocity - (noise.float() - latents.float())).pow(2).mean(-1) * target_mask  # (B, G)
+            error = (output.velocity - target_velocity).pow(2).mean(-1) * target_mask  # (B, G)
             output.flow_loss = error if loss_reduction == "none" else error.sum() / target_mask.sum()
             if loss_reduction == "mean":
                 output.loss = output.flow_loss if output.loss is None else output.loss + output.flow_loss
@@ -587,7 +594,7 @@ class BagelForConditionalGeneration(BagelPreTrainedModel, GenerationMixin):
             raise ValueError(
                 f"vision_grids={vision_grids.tolist()} name more patches than pixel_values {tuple(pixel_values.shape)}"
             )
-        real = torch.arange(pixel_values.shape[1], device=counts.device) < counts.sum(1, keepdim=True)
+        real = real_tokens(counts.sum(1), pixel_values.shape[1])  # (B, patches)
         grids = [(int(rows), int(columns)) for rows, columns in vision_grids.reshape(-1, 2).tolist() if rows]
         side, interpolate = self.config.vit_max_num_patch_per_side, self.config.interpolate_pos
         position_ids = torch.cat([grid_position_ids(grid, side, interpolate) for grid in grids])
@@ -650,12 +657,12 @@ class BagelForConditionalGeneration(BagelPreTrainedModel, GenerationMixin):
         if position_ids is None:
             real = torch.cat([past, segment_ids != PADDING], dim=1)
             position_ids = (real.cumsum(1) - 1).clamp(min=0)[:, cached:]
-        mask, is_causal = self.attention_mask(
+        mask, is_causal = self.make_mask(
             past, segment_ids, roles, sample_ids, understanding.dtype, dense_for_flash=update_cache
         )
         text_model = self.language_model.model
         branches = [
-            [Branch(batch, *_past(past_key_values, layer), mask, is_causal)] for layer in range(len(text_model.layers))
+            [Branch.after(past_key_values, layer, batch, mask, is_causal)] for layer in range(len(text_model.layers))
         ]
         return text_model(
             understanding,
@@ -665,7 +672,7 @@ class BagelForConditionalGeneration(BagelPreTrainedModel, GenerationMixin):
             past_key_values if update_cache else None,
         )
 
-    def attention_mask(
+    def make_mask(
         self,
         past: Tensor,
         segment_ids: Tensor,
@@ -674,49 +681,39 @@ class BagelForConditionalGeneration(BagelPreTrainedModel, GenerationMixin):
         dtype: torch.dtype,
         dense_for_flash: bool = False,
     ) -> tuple[Any, bool]:
-        """The mask in the form that the attention backend takes, and whether it is causal instead.
-
-        A token sees the cache, the earlier segments of its sample that are no target, and its own segment: all of an
-        image, the past of a text (official `create_sparse_mask`).
+        """What each token sees, in the form that the attention backend takes, and whether it is causal instead.
 
         Flash attention has no mask for rows that mix texts and images. With `dense_for_flash`, for prompts, they get
         that of sdpa, which then attends; packs for training are too long for it.
 
         Raises:
-            ValueError: Flash attention is set and the rows mix texts and images, without `dense_for_flash`.
+            ValueError: Flash attention is set and the rows mix texts and images, without `dense_for_flash`; or flex
+                attention on a CPU.
         """
         (batch, cached), length = past.shape, segment_ids.shape[1]
-        backend = cast(Qwen2Config, self.config.text_config)._attn_implementation
+        backend = cast(Qwen2Config, self.config.text_config)._attn_implementation or "eager"
+        if backend == "flex_attention" and past.is_cpu:
+            raise ValueError("flex_attention needs a GPU: torch compiles it for CPUs for some lengths only; use sdpa")
         real = segment_ids != PADDING
         unpadded = bool(past.all()) and bool(real.all())
         one_segment = bool((segment_ids == segment_ids.amax(1, keepdim=True))[real].all())
         sees_all = bool((roles != TEXT)[real].all()) or length == 1
         if unpadded and one_segment and sees_all:
             return None, False
-        if "flash" in (backend or ""):
+        if "flash" in backend:
             if one_segment and (sees_all or bool((roles == TEXT)[real].all())):
-                return None if unpadded else torch.cat([past, real], dim=1), not sees_all
+                return (None if unpadded else torch.cat([past, real], dim=1)), not sees_all
             if not dense_for_flash:
                 raise ValueError(
                     f"attn_implementation={backend!r} cannot mix segments in one call; use flex_attention or sdpa"
                 )
             backend = "sdpa"
-
-        def visible(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            q, k = query - cached, (key - cached).clamp(min=0)
-            q_segment, k_segment = segment_ids[row, q], segment_ids[row, k]
-            earlier = (k_segment < q_segment) & (roles[row, k] != TARGET) & (k_segment != PADDING)
-            own = (k_segment == q_segment) & ((roles[row, q] != TEXT) | (k <= q))
-            current = (sample_ids[row, k] == sample_ids[row, q]) & (earlier | own)
-            in_past = past[row, key.clamp(max=cached - 1)] if cached else torch.zeros_like(current)
-            return torch.where(key < cached, in_past, current)
-
-        mask = ALL_MASK_ATTENTION_FUNCTIONS[backend or "eager"](
+        mask = ALL_MASK_ATTENTION_FUNCTIONS[backend](
             batch_size=batch,
             q_length=length,
             kv_length=cached + length,
             q_offset=cached,
-            mask_function=visible,
+            mask_function=visibility(past, segment_ids, roles, sample_ids),
             dtype=dtype,
             device=segment_ids.device,
             allow_is_causal_skip=False,
@@ -781,12 +778,12 @@ class BagelForConditionalGeneration(BagelPreTrainedModel, GenerationMixin):
         lengths = torch.tensor([rows * columns for rows, columns in grids], device=device)
         num_tokens = num_tokens or int(lengths.max())
         markers = torch.tensor([config.start_of_image_token_id, config.end_of_image_token_id], device=device)
-        real = torch.arange(-2, num_tokens, device=device) < lengths[:, None]  # (B, 2 + N)
+        real = real_tokens(2 + lengths, 2 + num_tokens)  # the markers come first: (B, 2 + N)
         segment_ids = torch.where(real, 0, PADDING)
         roles = torch.full_like(segment_ids, IMAGE)
         sizes = [len(context.next_position) for context in contexts]
         masks = [
-            self.attention_mask(context.attention_mask, segments, of_rows, torch.zeros_like(segments), self.dtype)[0]
+            self.make_mask(context.attention_mask, segments, of_rows, torch.zeros_like(segments), self.dtype)[0]
             for context, segments, of_rows in zip(contexts, segment_ids.split(sizes), roles.split(sizes), strict=True)
         ]
         position_ids = torch.cat([context.next_position for context in contexts])[:, None].expand(-1, 2 + num_tokens)
@@ -824,60 +821,61 @@ class BagelForConditionalGeneration(BagelPreTrainedModel, GenerationMixin):
         """Write text, as in transformers, with a dynamic cache.
 
         Raises:
-            ValueError: Another cache, none, or assisted generation.
+            ValueError: Another cache, none, or a filled one without `position_ids`; assisted generation after images;
+                hidden states or attentions are asked for.
         """
+        cache = kwargs.get("past_key_values")
+        if isinstance(cache, DynamicCache) and cache.get_seq_length() and kwargs.get("position_ids") is None:
+            raise ValueError(
+                "past_key_values need position_ids, as images take fewer positions than tokens: pass them, or all "
+                "texts and images again without past_key_values"
+            )
         with self._uncompiled():
             return super().generate(*args, **kwargs)
 
     def generate_from(self, context: Context, max_new_tokens: int, **kwargs: Any) -> Tensor:
-        """Write text after a context, which stays as it is: ids (batch, at most max_new_tokens).
+        """Write one text after each row of a context, which stays as it is: ids (batch, at most max_new_tokens).
 
-        Keyword arguments are those of `generate`.
+        Keyword arguments are those of `generate`, without beams, several texts per row and assisted generation.
         """
         batch, cached = context.attention_mask.shape
         bos = torch.full((batch, 1), cast(int, self.config.bos_token_id), device=context.attention_mask.device)
         input_ids = torch.cat([bos.expand(-1, cached), bos], dim=1)  # generate counts cached tokens by their ids
-        attention_mask = torch.cat([context.attention_mask, torch.ones_like(bos, dtype=torch.bool)], dim=1)
-        position_ids = (attention_mask.cumsum(1) - attention_mask.sum(1, keepdim=True)) + context.next_position[
-            :, None
-        ]
-        ids = self.generate(
+        ids: Tensor = self.generate(
             input_ids=input_ids,
-            attention_mask=attention_mask.long(),
-            position_ids=position_ids,
+            attention_mask=torch.cat([context.attention_mask.long(), torch.ones_like(bos)], dim=1),
+            position_ids=context.next_position[:, None],
             past_key_values=context.copy().cache,
             max_new_tokens=max_new_tokens,
+            use_cache=True,
+            num_beams=1,
+            num_return_sequences=1,
+            return_dict_in_generate=False,
             **kwargs,
         )
-        return cast(Tensor, ids)[:, cached + 1 :]
+        return ids[:, cached + 1 :]
 
     def prepare_inputs_for_generation(
         self, *args: Any, is_first_iteration: bool | None = False, **kwargs: Any
     ) -> dict[str, Any]:
         """The tensors that describe segments and images belong to the first step; what follows is text."""
-        cache = kwargs.get("past_key_values")
-        if not isinstance(cache, DynamicCache):
+        cache, use_cache = kwargs.get("past_key_values"), kwargs.get("use_cache")
+        if not isinstance(cache, DynamicCache) or not use_cache:
             raise ValueError(
-                f"texts are written with a DynamicCache, not with {type(cache).__name__}: leave use_cache and "
-                "cache_implementation at their defaults"
+                f"texts are written with a DynamicCache, not with {type(cache).__name__} and {use_cache=}: leave "
+                "use_cache and cache_implementation at their defaults"
             )
+        if kwargs.get("output_hidden_states") or kwargs.get("output_attentions"):
+            raise ValueError("output_hidden_states and output_attentions are not kept: leave them False")
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(
             *args, is_first_iteration=is_first_iteration, **kwargs
         )
-        segment_ids = inputs.get("segment_ids")
-        if not is_first_iteration:
+        if not is_first_iteration or inputs.get("pixel_values") is None:  # text needs no more than attention_mask
             for name in ("segment_ids", "roles", "sample_ids", "vision_mask", "pixel_values", "vision_grids"):
                 inputs.pop(name, None)
-        elif segment_ids is not None and segment_ids.shape[1] != inputs["input_ids"].shape[1]:
+        elif inputs["segment_ids"].shape[1] != inputs["input_ids"].shape[1]:
             raise ValueError("assisted generation (assistant_model, prompt_lookup_num_tokens) needs a prompt of text")
         return inputs
-
-
-def _past(cache: Cache | None, layer: int) -> tuple[Tensor | None, Tensor | None]:
-    """Keys and values of a layer that are cached already."""
-    if cache is None or not cache.get_seq_length(layer):
-        return None, None
-    return cache.layers[layer].keys, cache.layers[layer].values
 
 
 def _place(features: Tensor, mask: Tensor | None, embeds: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ order of text; `position_ids`, `segment_ids`, `roles` and `sample_ids` say the r
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -97,6 +97,11 @@ def grid_position_ids(grid: Grid, max_per_side: int, interpolate: bool = False) 
         row_ids = torch.bucketize(torch.arange(0, 1 - 1e-6, 1 / rows), edges, right=True)
         column_ids = torch.bucketize(torch.arange(0, 1 - 1e-6, 1 / columns), edges, right=True)
     return (row_ids[:, None] * max_per_side + column_ids).flatten()
+
+
+def real_tokens(lengths: Tensor, num_tokens: int) -> Tensor:
+    """Rows of `num_tokens` that are padded at the end: (rows,) -> (rows, num_tokens) bool, False on padding."""
+    return torch.arange(num_tokens, device=lengths.device) < lengths[:, None]
 
 
 @dataclass
@@ -203,3 +208,31 @@ def _stack(rows: list[_Row], padding_side: Literal["left", "right"]) -> dict[str
         )
         batch["latent_grids"] = pad([torch.tensor(row.latent_grids, dtype=torch.long).reshape(-1, 2) for row in rows])
     return batch
+
+
+def visibility(
+    past: Tensor, segment_ids: Tensor, roles: Tensor, sample_ids: Tensor
+) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """The mask function, in transformers' form: does, in this row and any head, this query see this key?
+
+    A token sees the cache, the earlier segments of its sample that are no target, and its own segment: all of an
+    image, the past of a text (official `create_sparse_mask`).
+
+    Args:
+        past: (batch, cached tokens) bool, False on padding; keys count from there, queries follow it.
+        segment_ids: (batch, tokens), as in `collate`.
+        roles: likewise.
+        sample_ids: likewise.
+    """
+    cached = past.shape[1]
+
+    def visible(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        q, k = query - cached, (key - cached).clamp(min=0)
+        q_segment, k_segment = segment_ids[row, q], segment_ids[row, k]
+        earlier = (k_segment < q_segment) & (roles[row, k] != TARGET) & (k_segment != PADDING)
+        own = (k_segment == q_segment) & ((roles[row, q] != TEXT) | (k <= q))
+        current = (sample_ids[row, k] == sample_ids[row, q]) & (earlier | own)
+        in_past = past[row, key.clamp(max=cached - 1)] if cached else torch.zeros_like(current)
+        return torch.where(key < cached, in_past, current)
+
+    return visible
