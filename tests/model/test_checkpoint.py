@@ -11,9 +11,11 @@ from diffusers import AutoencoderKL, BitsAndBytesConfig
 from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 from diffusers.quantizers import PipelineQuantizationConfig
 from huggingface_hub.errors import StrictDataclassError
+from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 from transformers import AutoConfig, AutoModel, AutoProcessor, PreTrainedTokenizerFast, Qwen2Tokenizer
+from transformers import BitsAndBytesConfig as TransformersBitsAndBytesConfig
 
 import echo4o_hf
 from echo4o_hf.model import checkpoint
@@ -203,6 +205,18 @@ def test_device_map(official, tmp_path):
     )
     with pytest.raises(ValueError, match=r"offloaded \(vit_model.*load the model without device_map"):
         write_official({**loaded, "model": offloaded}, tmp_path / "written")
+    assert not (tmp_path / "written").exists()
+
+
+def test_what_the_official_layout_has_no_place_for(components, official, tmp_path):
+    model = BagelForConditionalGeneration.from_pretrained(
+        official, quantization_config=TransformersBitsAndBytesConfig(load_in_8bit=True)
+    )
+    with pytest.raises(ValueError, match="no quantized weights: load the model without quantization_config"):
+        write_official({**components, "model": model}, tmp_path / "written")
+    components["model"].add_adapter(LoraConfig(target_modules=["q_proj_moe_gen"]), "mine")
+    with pytest.raises(ValueError, match=r"adapters \['mine'\] are loaded"):
+        write_official(components, tmp_path / "written")
     assert not (tmp_path / "written").exists()
 
 
@@ -445,6 +459,8 @@ def test_missing_file(official, file, message):
         ("llm_config.json", {"num_attention_heads": 3}, r"hidden_size=32 must be a multiple of num_attention_heads=3"),
         ("config.json", {"vae_config": 3}, r"'vae_config' .* must be an object, got 3"),
         ("config.json", {"timestep_shift": -1.0}, r"timestep_shift=-1.0 must be positive"),
+        ("config.json", {"connector_act": "nonsense"}, r"connector_act='nonsense' is no activation"),
+        ("llm_config.json", {"hidden_act": "nonsense"}, r"text_config.hidden_act='nonsense' is no activation"),
     ],
 )
 def test_wrong_configuration(official, file, changes, message):

@@ -118,6 +118,14 @@ def test_save_and_load(processor, tmp_path):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_a_saved_processor_without_its_vocabulary(processor, tmp_path):
+    processor.save_pretrained(tmp_path / "inside")
+    (tmp_path / "inside" / "tokenizer.json").unlink()
+    for path, options in ((tmp_path / "inside", {}), (tmp_path, {"subfolder": "inside"})):
+        with pytest.raises(FileNotFoundError, match="inside: looked for tokenizer.json, or vocab.json and merges.txt"):
+            BagelProcessor.from_pretrained(path, **options)
+
+
 @needs_golden
 def test_the_official_layout_loads():
     processor = BagelProcessor.from_pretrained(GOLDEN)

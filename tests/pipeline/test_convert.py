@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKL
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import echo4o_hf
 from echo4o_hf.model.checkpoint import write_official
@@ -91,6 +91,51 @@ def test_damaged_files_of_a_saved_pipeline(official, tmp_path, file):
     damaged.unlink()
     with pytest.raises(FileNotFoundError, match=damaged.name):
         Echo4oPipeline.from_pretrained(tmp_path / "ours")
+
+
+def test_saved_parts_that_do_not_fit(official, tmp_path):
+    convert(official, tmp_path / "ours")
+    file = tmp_path / "ours" / "vae" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    bias = tensors.pop("decoder.conv_out.bias")
+    for wrong, message in (
+        ({}, r"1 missing \(decoder.conv_out.bias\)"),
+        ({"decoder.conv_out.bias": bias, "extra": bias.clone()}, r"1 unexpected \(extra\)"),
+        ({"decoder.conv_out.bias": torch.zeros(5)}, r"decoder.conv_out.bias \(5,\) instead of \(3,\)"),
+    ):
+        save_file({**tensors, **wrong}, file)
+        with pytest.raises(ValueError, match=rf"the tensors of .*ours/vae do not fit .*{message}"):
+            Echo4oPipeline.from_pretrained(tmp_path / "ours")
+    save_file({"decoder.conv_out.bias": bias}, file)
+    with pytest.raises(ValueError, match=r"has no tensor 'decoder.conv_in.weight'"):
+        Echo4oPipeline.from_pretrained(tmp_path / "ours")
+
+
+def test_parts_of_different_checkpoints(pipe):
+    pipe.processor.start_of_image_token_id = 9
+    with pytest.raises(ValueError, match=r"the processor has .*'start_of_image_token_id': 9, .* do not go together"):
+        Echo4oPipeline(**pipe.components)
+    pipe.processor.start_of_image_token_id = pipe.model.config.start_of_image_token_id
+    pipe.vae.register_to_config(scaling_factor=0.0)
+    with pytest.raises(ValueError, match=r"scaling_factor must be positive, got 0.0"):
+        Echo4oPipeline(**pipe.components)
+
+
+def test_what_is_saved_in_shards_is_read_and_what_would_not_be_read_is_not_written(pipe, tmp_path):
+    pipe.to(torch.bfloat16).save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    assert len(list((tmp_path / "shards" / "vae").glob("*.safetensors"))) > 1
+    loaded = Echo4oPipeline.from_pretrained(tmp_path / "shards", use_safetensors=True)
+    for name in ("model", "vae"):
+        expected, tensors = getattr(pipe, name).state_dict(), getattr(loaded, name).state_dict()
+        assert all(torch.equal(expected[key], tensors[key]) for key in expected)
+    assert loaded.vae.dtype == torch.bfloat16
+
+    for options in ({"variant": "fp16"}, {"safe_serialization": False}):
+        with pytest.raises(ValueError, match="files that from_pretrained does not read"):
+            pipe.save_pretrained(tmp_path / "other", **options)
+    assert not (tmp_path / "other").exists()
+    with pytest.raises(ValueError, match="weights are read from safetensors files only"):
+        Echo4oPipeline.from_pretrained(tmp_path / "shards", use_safetensors=False)
 
 
 @pytest.mark.skipif(not GOLDEN.exists(), reason=f"reference numbers are not at {GOLDEN}")

@@ -27,8 +27,8 @@ from .files import (
     check_finite,
     check_loading_info,
     listing,
+    read_json,
     shortened,
-    tensor_shapes,
     weights_file,
     weights_shapes,
 )
@@ -299,7 +299,7 @@ def load_autoencoder(folder: Path, dtype: torch.dtype | str | None = None) -> Au
 
     Raises:
         OSError: its file is missing or damaged.
-        ValueError: weights are not finite.
+        ValueError: configuration and tensors do not fit, or weights are not finite.
     """
     vae = _load_vae(folder, dtype)
     check_finite(vae, component_folder(folder, "vae"))
@@ -309,7 +309,6 @@ def load_autoencoder(folder: Path, dtype: torch.dtype | str | None = None) -> Au
 def _load_vae(folder: Path, dtype: torch.dtype | str | None) -> AutoencoderKL:
     import torch
     from diffusers import AutoencoderKL
-    from safetensors import safe_open
 
     from .vae import load_vae
 
@@ -318,10 +317,26 @@ def _load_vae(folder: Path, dtype: torch.dtype | str | None) -> AutoencoderKL:
     if layout(folder) != "pipeline":
         return load_vae(folder, vae_config(folder), dtype)
     folder = component_folder(folder, "vae")
-    tensor_shapes(folder / SAVED_VAE_FILE)  # complains about a file that is missing or damaged
-    with safe_open(folder / SAVED_VAE_FILE, framework="pt") as tensors:
-        saved_dtype = tensors.get_tensor("decoder.conv_in.weight").dtype
-    return AutoencoderKL.from_pretrained(folder, torch_dtype=dtype or saved_dtype)
+    vae, info = AutoencoderKL.from_pretrained(
+        folder, torch_dtype=dtype or _saved_dtype(folder), output_loading_info=True, ignore_mismatched_sizes=True
+    )
+    check_loading_info(info, folder)
+    return vae
+
+
+def _saved_dtype(folder: Path) -> torch.dtype:
+    """The dtype of a VAE that diffusers saved, in one file or in shards, all of which are there and whole."""
+    from safetensors import safe_open
+
+    file, name = folder / SAVED_VAE_FILE, "decoder.conv_in.weight"
+    index = file.with_name(f"{file.name}.index.json")
+    if name not in weights_shapes(index if index.is_file() else file):
+        raise ValueError(f"{file} has no tensor {name!r}: it is no AutoencoderKL")
+    if index.is_file():
+        file = folder / read_json(index)["weight_map"][name]
+    with safe_open(file, framework="pt") as tensors:
+        dtype: torch.dtype = tensors.get_tensor(name).dtype
+    return dtype
 
 
 # ------------------------------------------------------------------------------------------------ folders and the Hub

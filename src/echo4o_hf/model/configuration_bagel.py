@@ -9,6 +9,8 @@ from typing import Any, ClassVar
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig, Qwen2Config, SiglipVisionConfig
 
+SPECIAL_TOKEN_IDS = ("bos_token_id", "eos_token_id", "start_of_image_token_id", "end_of_image_token_id")
+
 
 @strict
 class BagelConfig(PreTrainedConfig):
@@ -125,10 +127,22 @@ class BagelConfig(PreTrainedConfig):
                 f"vision_config.image_size={vision.image_size} / patch_size={vision.patch_size} gives {side} patches "
                 f"a side, but vit_max_num_patch_per_side={self.vit_max_num_patch_per_side}; they must be equal"
             )
+        from transformers.activations import ACT2FN  # needs torch
+
+        activations = {
+            "connector_act": self.connector_act,
+            "text_config.hidden_act": text.hidden_act,
+            "vision_config.hidden_act": vision.hidden_act,
+        }
+        for name, activation in activations.items():
+            if activation not in ACT2FN:
+                raise ValueError(
+                    f"{name}={activation!r} is no activation of transformers, such as 'gelu_pytorch_tanh'"
+                )
         for name in ("latent_channels", "latent_downsample", "latent_patch_size", "max_latent_size", "timestep_shift"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be positive")
-        for name in ("bos_token_id", "eos_token_id", "start_of_image_token_id", "end_of_image_token_id"):
+        for name in SPECIAL_TOKEN_IDS:
             token_id = getattr(self, name)
             if not isinstance(token_id, int) or not 0 <= token_id < text.vocab_size:
                 raise ValueError(f"{name}={token_id} is not in the vocabulary of {text.vocab_size} tokens")

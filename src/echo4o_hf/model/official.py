@@ -134,19 +134,27 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder, whatever its config.json says.
 
     Raises:
-        FileNotFoundError: no vocabulary; transformers would go on with an empty tokenizer.
+        FileNotFoundError: no vocabulary.
     """
-    folder = Path(folder)
+    check_vocabulary(Path(folder))
+    # Given a config, AutoTokenizer leaves config.json alone, which may not be JSON. tokenizer_config.json still wins.
+    config = PreTrainedConfig(tokenizer_class="Qwen2Tokenizer")
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, config=config)
+    return tokenizer
+
+
+def check_vocabulary(folder: Path) -> None:
+    """Complain about a folder without vocabulary, where transformers would go on with an empty tokenizer.
+
+    Raises:
+        FileNotFoundError: no vocabulary.
+    """
     alternatives = (["tokenizer.json"], ["vocab.json", "merges.txt"])
     if not any(all((folder / name).is_file() for name in names) for names in alternatives):
         raise FileNotFoundError(
             f"no tokenizer in {folder}: looked for tokenizer.json, or vocab.json and merges.txt; "
             f"found {listing(folder)}"
         )
-    # Given a config, AutoTokenizer leaves config.json alone, which may not be JSON. tokenizer_config.json still wins.
-    config = PreTrainedConfig(tokenizer_class="Qwen2Tokenizer")
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, config=config)
-    return tokenizer
 
 
 def write_official(components: Mapping[str, Any], folder: str | os.PathLike[str]) -> None:
@@ -157,7 +165,8 @@ def write_official(components: Mapping[str, Any], folder: str | os.PathLike[str]
         folder: must not exist, or be empty.
 
     Raises:
-        ValueError: the folder is not empty, weights are offloaded, or the VAE is one that the layout cannot describe.
+        ValueError: the folder is not empty, the model is quantized, has adapters or is offloaded, or the VAE is one
+            that the layout cannot describe.
     """
     from .vae import save_vae
 
@@ -174,6 +183,11 @@ def write_official(components: Mapping[str, Any], folder: str | os.PathLike[str]
 
 
 def _save_weights(model: BagelForConditionalGeneration, folder: Path) -> None:
+    if model.config.to_dict().get("quantization_config"):
+        raise ValueError("the official layout has no quantized weights: load the model without quantization_config")
+    adapters = list(getattr(model, "peft_config", {}))  # which the model has from the first adapter on
+    if adapters:
+        raise ValueError(f"adapters {adapters} are loaded, which the official layout has no place for: merge them")
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     offloaded = [name for name, tensor in tensors.items() if tensor.is_meta]
     if offloaded:
@@ -268,12 +282,12 @@ def _table_side(shapes: Shapes, name: str) -> int | None:
 
 
 def _special_token_ids(folder: Path) -> dict[str, int]:
+    from .configuration_bagel import SPECIAL_TOKEN_IDS
     from .image_processing_bagel import BagelImageProcessor
     from .processing_bagel import BagelProcessor
 
     processor = BagelProcessor(BagelImageProcessor(), load_tokenizer(folder))
-    names = ("bos_token_id", "eos_token_id", "start_of_image_token_id", "end_of_image_token_id")
-    return {name: getattr(processor, name) for name in names}
+    return {name: getattr(processor, name) for name in SPECIAL_TOKEN_IDS}
 
 
 def _count(config: dict[str, Any], name: str, default: int) -> int:

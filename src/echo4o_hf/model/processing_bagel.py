@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -20,17 +21,16 @@ from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import load_image
 from transformers.processing_utils import ProcessorMixin
 
-from .checkpoint import find_files, layout, load_processor
+from .checkpoint import HUB_OPTIONS, find_files, layout, load_processor
 from .configuration_bagel import BagelConfig
 from .image_processing_bagel import BagelImageProcessor, ImageLike
+from .official import check_vocabulary
 from .packing import PADDING, Segment, collate, patchify
 
 # In the order in which the official code adds those that a tokenizer lacks.
 SPECIAL_TOKENS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
 
 ROLES = ("system", "user", "assistant")
-
-HUB_OPTIONS = ("revision", "subfolder", "cache_dir", "token", "local_files_only", "force_download")
 
 
 class BagelProcessor(ProcessorMixin):
@@ -55,6 +55,9 @@ class BagelProcessor(ProcessorMixin):
         """Loads what `save_pretrained` wrote, the processor of a saved pipeline, or that of the official layout.
 
         The library's own method asks `AutoImageProcessor`, which knows our class only after registration.
+
+        Raises:
+            OSError: files are missing or damaged, or there is no network.
         """
         hub_options = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
         folder = find_files(pretrained_model_name_or_path, "processor", **hub_options)
@@ -63,6 +66,8 @@ class BagelProcessor(ProcessorMixin):
         if folder is not None:
             pretrained_model_name_or_path = folder
             kwargs = {name: value for name, value in kwargs.items() if name not in hub_options}
+        if os.path.isdir(pretrained_model_name_or_path):
+            check_vocabulary(Path(pretrained_model_name_or_path, kwargs.get("subfolder") or ""))
         image_processor = BagelImageProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs)
         tokenizer = AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs)
         return cls(image_processor, tokenizer)

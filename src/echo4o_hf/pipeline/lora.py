@@ -119,19 +119,36 @@ class LoraMixin(LoraBaseMixin):
         os.replace(temporary, folder / ADAPTER_WEIGHTS)
         self.model.peft_config[names[0]].save_pretrained(folder)
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        **options: Any,
+    ) -> None:
         """As upstream's, which would write adapters in place of the model, or weights that are not in memory.
 
+        Args:
+            save_directory: made if it does not exist.
+            safe_serialization: must be True: weights are read from safetensors files only.
+            variant: must be None: files of a variant are not read.
+            **options: upstream's, as `max_shard_size`.
+
         Raises:
-            ValueError: adapters are loaded, or a part is on disk.
+            ValueError: adapters are loaded, a part is on disk, or files that `from_pretrained` would not read.
         """
+        if not safe_serialization or variant is not None:
+            raise ValueError(
+                f"safe_serialization={safe_serialization} and variant={variant!r} write files that from_pretrained "
+                "does not read: leave them out, and choose another dtype with pipeline.to(dtype)"
+            )
         self._check_in_memory(self.model, self.vae)
         if self._adapter_names():
             raise ValueError(
                 f"adapters {self._adapter_names()} are loaded: merge them for good with fuse_lora() and "
                 "unload_lora_weights(), or write them with save_lora_weights()"
             )
-        super().save_pretrained(save_directory, *args, **kwargs)
+        super().save_pretrained(save_directory, **options)
 
     def set_adapters(
         self, adapter_names: Sequence[str] | str, adapter_weights: float | Sequence[float] | None = None
@@ -275,7 +292,8 @@ def _check_fits(model: BagelForConditionalGeneration, config: LoraConfig, folder
     source = f"the adapter in {folder} (its base: {config.base_model_name_or_path}) does not fit this model"
     wanted = deepcopy(config)
     wanted.base_model_name_or_path = None  # peft would warn that this model has another
-    with torch.device("meta"):
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")  # which peft asks for
         skeleton = BagelForConditionalGeneration(deepcopy(model.config))
         try:
             adapted = get_peft_model(skeleton, wanted)

@@ -8,6 +8,7 @@ Letters: B images, N latent tokens of the largest image, D values of a token.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,8 @@ from diffusers.utils import BaseOutput
 from PIL import Image
 from torch import Tensor
 
-from ..model.checkpoint import load_components
+from ..model.checkpoint import HUB_OPTIONS, load_components
+from ..model.configuration_bagel import SPECIAL_TOKEN_IDS
 from ..model.context import Context
 from ..model.modeling_bagel import BagelForConditionalGeneration
 from ..model.packing import Grid, Segment, patchify, unpatchify
@@ -46,7 +48,6 @@ from .prompts import THINKING_PROMPT, Item, count_positions, last_image, latent_
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 UPDATES_PER_CHECK = 8  # reading a device's memory waits for all that it still computes
 PARTS = ("model", "vae", "scheduler", "processor")
-HUB_OPTIONS = ("cache_dir", "token", "local_files_only", "force_download")
 
 
 @dataclass
@@ -73,7 +74,8 @@ class Echo4oPipeline(LoraMixin, StepCacheMixin, DiffusionPipeline):
         processor: tokenizer and resize rules.
 
     Raises:
-        ValueError: the VAE's latents are not those of the model, or another scheduler.
+        ValueError: the VAE's latents or the processor's special tokens are not those of the model, or another
+            scheduler.
     """
 
     model_cpu_offload_seq = "model->vae"
@@ -102,6 +104,12 @@ class Echo4oPipeline(LoraMixin, StepCacheMixin, DiffusionPipeline):
                 f"the VAE has {of_vae[0]} latent channels and {of_vae[1]} pixels a latent, but the model expects "
                 f"{config.latent_channels} and {config.latent_downsample}"
             )
+        if not 0 < vae.config.scaling_factor < math.inf:
+            raise ValueError(f"the VAE's scaling_factor must be positive, got {vae.config.scaling_factor}")
+        of_processor = {name: getattr(processor, name) for name in SPECIAL_TOKEN_IDS}
+        of_model = {name: getattr(config, name) for name in SPECIAL_TOKEN_IDS}
+        if of_processor != of_model:
+            raise ValueError(f"the processor has {of_processor}, but the model {of_model}: they do not go together")
         if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
             raise ValueError(
                 f"the scheduler must be diffusers' FlowMatchEulerDiscreteScheduler, got {type(scheduler).__name__}"
@@ -134,7 +142,8 @@ class Echo4oPipeline(LoraMixin, StepCacheMixin, DiffusionPipeline):
             quantization_config: transformers' for the model, or diffusers' `PipelineQuantizationConfig`.
             attn_implementation: as in `set_attention_backend`.
             **options: parts that are there already (`model`, `vae`, `scheduler`, `processor`); of the Hub,
-                `cache_dir`, `token`, `local_files_only`, `force_download`.
+                `cache_dir`, `token`, `local_files_only`, `force_download`; diffusers' `use_safetensors=True`, which
+                is so anyway.
 
         Raises:
             OSError: files are missing or damaged, or there is no network.
@@ -143,6 +152,8 @@ class Echo4oPipeline(LoraMixin, StepCacheMixin, DiffusionPipeline):
         """
         dtype = options.pop("torch_dtype", dtype)
         given = {name: options.pop(name) for name in PARTS if name in options}
+        if options.pop("use_safetensors", None) is False:
+            raise ValueError("use_safetensors=False: weights are read from safetensors files only")
         unknown = sorted(set(options) - set(HUB_OPTIONS))
         if unknown:
             raise TypeError(f"{cls.__name__}.from_pretrained does not take {', '.join(unknown)}")
