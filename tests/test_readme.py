@@ -28,7 +28,8 @@ HERE_DOCUMENT = re.compile(r"^cat > (\S+) <<'EOF'\n(.*?)^EOF\n", re.MULTILINE | 
 
 
 def commands() -> list[list[str]]:
-    lines = [line for block in blocks("sh") for line in HERE_DOCUMENT.sub("", block).splitlines()]
+    texts = [HERE_DOCUMENT.sub("", block).replace("\\\n", "") for block in blocks("sh")]
+    lines = [line for text in texts for line in text.splitlines()]
     return [shlex.split(line, comments=True) for line in lines if line]
 
 
