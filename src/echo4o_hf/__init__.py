@@ -7,6 +7,7 @@ Importing the package is light. It makes `AutoConfig`, `AutoModel...` and `AutoP
 from __future__ import annotations
 
 import importlib
+import logging
 from typing import TYPE_CHECKING, Any
 
 from ._auto import register_when_imported
@@ -45,4 +46,6 @@ def __dir__() -> list[str]:
     return sorted([*globals(), *_PUBLIC])
 
 
+# diffusers imports bitsandbytes wherever it is installed, which then asks for a package that only 4 bits on a CPU use.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 register_when_imported()

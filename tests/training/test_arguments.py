@@ -102,6 +102,16 @@ def test_flags_override_the_file(tmp_path: Path) -> None:
     assert parse_arguments(flags).precompute_latents
 
 
+def test_where_latents_are_kept(tmp_path: Path) -> None:
+    path = write(tmp_path, "output_dir: out\nlatent_cache: true\n")
+    assert parse_arguments([path]).latent_cache == "out/_latents"
+    assert parse_arguments([path, "--output_dir", "other"]).latent_cache == "other/_latents"
+    assert parse_arguments([path, "--latent_cache", "kept"]).latent_cache == "kept"
+    assert parse_arguments([path, "--latent_cache", "false"]).latent_cache is None
+    with pytest.raises(ValueError, match="precompute_latents needs latent_cache"):
+        parse_arguments([path, "--latent_cache", "false", "--precompute_latents"])
+
+
 MIXTURE = """
 model: Yejy53/Echo-4o
 model_revision: abc

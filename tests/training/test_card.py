@@ -105,7 +105,7 @@ def test_a_run_without_validation_and_log_has_a_card_too(tmp_path: Path) -> None
     write_card(arguments(folder, hub_model_id="me/tuned", **settings), TrainerState(global_step=3))
     text = (folder / "README.md").read_text(encoding="utf-8")
     assert "GPT-4o" not in text and "# tuned" in text and "`bagel-miniature` fine-tuned on `echo4o-miniature`" in text
-    assert 'from_pretrained("me/tuned"' in text and "![" not in text
+    assert 'from_pretrained("me/tuned", dtype=torch.float32)\n' in text and "![" not in text
     assert not any(line.startswith("## Before") for line in text.splitlines())
 
 

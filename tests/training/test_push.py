@@ -66,7 +66,7 @@ def hub() -> str:
 def test_the_adapter_and_its_card_are_pushed(hub: str, tmp_path: Path) -> None:
     write_dataset(tmp_path / "data", 4)
     output = tmp_path / "out"
-    flags = f"""--model echo4o-miniature --output_dir {output} --latent_cache {tmp_path / "latents"} --max_tokens 256
+    flags = f"""--model echo4o-miniature --output_dir {output} --max_tokens 256
         --dataset echo-4o-image --dataset_config instruction_following --data_dir {tmp_path / "data"}
         --gradient_accumulation_steps 1 --dataloader_num_workers 0 --report_to none --max_steps 1 --save_steps 1
         --validation_inference_steps 1 --push_to_hub true --hub_model_id me/shapes --hub_private_repo true"""
@@ -74,9 +74,11 @@ def test_the_adapter_and_its_card_are_pushed(hub: str, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "echo4o_hf.training.train", str(EXAMPLE), *flags.split()]
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
+    assert "FutureWarning" not in run.stderr and "PAD/BOS/EOS" not in run.stderr
     (created,) = Hub.created
     assert (created["name"], created["visibility"]) == ("shapes", "private")
     for name in ("adapter_config.json", "adapter_model.safetensors", "README.md"):
         assert Hub.repository[name] == (output / name).read_bytes()
-    kept_here = ("checkpoint-", "training_args", "validation", "runs")
+    assert any((output / "_latents").rglob("*.safetensors"))
+    kept_here = ("checkpoint-", "training_args", "validation", "runs", "_latents")
     assert not [name for name in Hub.repository if name.startswith(kept_here)]

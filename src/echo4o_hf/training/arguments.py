@@ -147,7 +147,9 @@ class Echo4oTrainingArguments(TrainingArguments):
     text_weight: float = field(default=1.0, metadata={"help": "Of the loss of answers."})
 
     # Latents made once.
-    latent_cache: str | None = field(default=None, metadata={"help": "Folder that keeps the VAE's output."})
+    latent_cache: str | None = field(
+        default=None, metadata={"help": "Folder that keeps the VAE's output; true: _latents in output_dir."}
+    )
     precompute_latents: bool = field(default=False, metadata={"help": "Fill that folder, and train nothing."})
 
     # The optimizer.
@@ -172,6 +174,8 @@ class Echo4oTrainingArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         """Check our fields, then do upstream's part."""
+        if str(self.latent_cache).lower() == "false":
+            self.latent_cache = None
         _check_choices(self)
         _check_ranges(self)
         _check_combinations(self)
@@ -182,6 +186,8 @@ class Echo4oTrainingArguments(TrainingArguments):
             if not self.bf16:
                 self.trainable_dtype = "float32"  # as everything: one file serves both kinds of devices
         super().__post_init__()
+        if str(self.latent_cache).lower() == "true":
+            self.latent_cache = str(Path(self.output_dir, "_latents"))  # which is never pushed, as all of "_*"
         if self.n_gpu > 1:
             logger.warning("one of %d GPUs is used; accelerate launch uses them all", self.n_gpu)
             self._n_gpu = 1  # upstream would split a pack over them

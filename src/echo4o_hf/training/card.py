@@ -91,6 +91,7 @@ def write_card(arguments: Echo4oTrainingArguments, state: TrainerState) -> Path:
         data=[_linked(dataset) for dataset in _datasets(arguments)],
         method=METHODS[arguments.method],
         adapter=arguments.method == "lora",
+        on_cpu=arguments.device.type == "cpu",
         steps=state.global_step,
         prompt=json.dumps((arguments.validation_prompts or [EXAMPLE])[0], ensure_ascii=False),
         losses=_loss_curve(folder, state.log_history),

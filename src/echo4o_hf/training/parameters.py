@@ -5,6 +5,7 @@ Parameters keep their official names; `lora` puts adapters on the linear layers 
 
 from __future__ import annotations
 
+import warnings
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -75,7 +76,8 @@ def prepare_model(
     config = lora_config(arguments)
     from peft import get_peft_model
 
-    with torch.random.fork_rng(devices=[]):  # peft draws the first factors on the CPU
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():  # peft draws the first factors on the CPU
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")  # which peft asks for
         torch.default_generator.manual_seed(arguments.seed)
         adapted = get_peft_model(model, config)
     # No embedding is ever trained; to find that out, peft would ask the Hub for the base at each save.

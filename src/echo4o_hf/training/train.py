@@ -8,6 +8,7 @@ The first is one process, the second one for each GPU.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import sys
@@ -96,7 +97,7 @@ def train(arguments: Echo4oTrainingArguments) -> None:
         trainer.add_callback(ValidationCallback(trainer))
     # 3. Train.
     try:
-        with workers_errors_in_short():
+        with workers_errors_in_short(), without_news_of_tokens():
             trainer.train(resume)
     except KeyboardInterrupt:
         last = last_checkpoint(arguments.output_dir)
@@ -299,6 +300,21 @@ def workers_errors_in_short() -> Iterator[None]:
     except SampleError as error:
         last = str(error).strip().splitlines()[-1]  # after the traceback: module.SampleError: id: reason
         raise ValueError(re.sub(r"^[\w.]+Error: ", "", last)) from error
+
+
+@contextmanager
+def without_news_of_tokens() -> Iterator[None]:
+    """Upstream writes the tokenizer's ids into the configuration and warns of it; `save` takes the one from before."""
+    logger = logging.getLogger("transformers.trainer_utils")
+
+    def is_other(record: logging.LogRecord) -> bool:
+        return "new PAD/BOS/EOS tokens" not in record.getMessage()
+
+    logger.addFilter(is_other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_other)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
