@@ -96,6 +96,22 @@ def test_published_scores_stand_only_beside_the_same_questions(run: Run, tmp_pat
     assert len(page.all("h2")) == 3 and set(titles) <= set(page.text)
 
 
+def test_models_stand_in_the_same_order_overall_and_by_tag(run: Run, other: Run, tmp_path: Path) -> None:
+    page = write([run, other], tmp_path, published=PUBLISHED)
+    before, by_tag = page.text[: page.text.index("By tag")], after(page, "By tag")
+    order = ["theirs", "ours"]
+    assert [name for name in before if name in order] == order
+    assert [name for name in by_tag[: by_tag.index("Table")] if name in order] == order * 2
+
+
+def test_a_part_of_shapes_140_is_called_one(run: Run, tmp_path: Path) -> None:
+    scores = {**run.results["scores"], "shapes_140": 0.5}
+    results = {**run.results, "benchmark": "shapes_140", "scores": scores}
+    whole = {**results, "items": [{**results["items"][0], "id": place} for place in range(140)]}
+    for items, title in ((results, "Shapes-140, 3 of its items"), (whole, "Shapes-140")):
+        assert title in write([dataclasses.replace(run, results=items)], tmp_path).text
+
+
 def test_several_models_side_by_side_with_a_paired_test(run: Run, other: Run, tmp_path: Path) -> None:
     found = {
         "difference": 0.25,

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 TITLES = {"geneval_pp": "GenEval++", "imagine_bench": "Imagine-Bench", "shapes_140": "Shapes-140"}
+SHAPES_ITEMS = 140  # of which the demo's quick run draws a part
 COLUMNS = {  # GenEval++'s tags, as the paper's table calls them
     "color_attr": "Color",
     "counting": "Count",
@@ -192,6 +193,8 @@ def _section(runs: Sequence[Run], published: Published, comparisons: Sequence[Co
     own_items = {question[2] for question in published if question[0] == benchmark}
     if own_items and items not in own_items:  # such scores are not the benchmark's
         title = f"{TITLES.get(benchmark, benchmark)}'s {'' if official else f'{protocol} '}protocol, other items"
+    if benchmark == "shapes_140" and (count := len(runs[0].results["items"])) < SHAPES_ITEMS:
+        title = f"{title}, {count} of its items"
     kind = "per_type" if "per_type" in runs[0].results["scores"] else "per_tag"
     rows = [scores_row(run.results["scores"], metric, kind, run.name, place) for place, run in enumerate(runs)]
     return Section(
