@@ -80,7 +80,6 @@ def draw(pipe: Echo4oPipeline, size: Size) -> Iterator[Record]:
     """Seconds of an image with the defaults of `Echo4oPipeline`; the first one, in fewer updates, warms up."""
     device = pipe.model.device
     pixels = size.side * size.config.latent_stride
-    grid = (size.side, size.side)
     for repetition in range(3):
         updates = min(size.updates, 6) if repetition == 0 else size.updates  # 6 have guided ones and others
         start = now(device)
@@ -88,7 +87,7 @@ def draw(pipe: Echo4oPipeline, size: Size) -> Iterator[Record]:
             prompt(size.prompt), height=pixels, width=pixels, num_inference_steps=updates, output_type="latent"
         ).images
         denoised = now(device)
-        pipe.decode_latents(latents, [grid], "pil")
+        pipe.decode_latents(latents, pixels, pixels)
         decoded = now(device)
         evaluations = updates + int((pipe.scheduler.sigmas[:-1] > 0.4).sum())
         tokens = size.side**2

@@ -12,6 +12,7 @@ from PIL import ExifTags, Image, ImageDraw
 
 from echo4o_hf import Echo4oPipeline
 from echo4o_hf.cli import main
+from echo4o_hf.cli.chat import Conversation
 
 MODEL = "echo4o-miniature"
 QUESTIONS = ("Describe the picture.", "What color is it?")
@@ -138,6 +139,21 @@ def test_pictures_that_cannot_be_read(picture: Path, capsys: pytest.CaptureFixtu
     for name in ("missing.png", __file__):
         assert chat(picture, name, "--question", "?") == 2
         assert f"{name} cannot be read as a picture" in capsys.readouterr().err
+
+
+def test_answers_that_are_longer_when_read_again_fill_the_context(
+    picture: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half a letter of UTF-8 is one token, and decodes to a letter of three."""
+    pipe = Echo4oPipeline.from_pretrained(MODEL)
+    pipe.model.config.text_config.max_position_embeddings = 60
+    monkeypatch.setattr(pipe.processor, "batch_decode", lambda ids, **options: ["star " * 300])
+    with torch.no_grad():
+        conversation = Conversation(pipe, [Image.open(picture)], 4, {"do_sample": False})
+        conversation.ask(QUESTIONS[0])
+    assert int(conversation.context.next_position) == 60
+    with pytest.raises(ValueError, match="start anew"):
+        conversation.ask("?")
 
 
 def test_a_full_context(picture: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

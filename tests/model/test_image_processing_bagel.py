@@ -116,8 +116,17 @@ def test_photographs_of_every_input_form_give_the_same_pixels(name, tmp_path):
     processor = BagelImageProcessor(**TINY)
     expected = processor.latent_pixels(Image.fromarray(photo))
     assert expected.shape[0] == 3 and expected.dtype == torch.float32 and expected.abs().max() <= 1
-    for form in (photo, chw, path, str(path)):
+    floats = photo.astype(np.float32) / 255
+    for form in (photo, chw, path, str(path), floats, floats.astype(np.float64), chw.double() / 255):
         assert torch.equal(processor.latent_pixels(form), expected)
+
+
+def test_16_bits_are_read_as_the_error_says():
+    deep = Image.new("I;16", (64, 64), 30000)
+    with pytest.raises(ValueError) as raised:
+        to_rgb(deep)
+    advice = str(raised.value).rpartition("image=")[2]
+    assert np.array(to_rgb(eval(advice, {"np": np, "image": deep}))).flatten().tolist() == [117] * 64 * 64 * 3
 
 
 def test_photographs_stored_sideways_are_turned(tmp_path):
@@ -183,15 +192,17 @@ def test_files_that_do_not_decode_are_named(tmp_path):
 @pytest.mark.parametrize(
     ("image", "message"),
     [
-        (np.zeros((4, 4, 3), np.float32), "must be uint8.*float32"),
-        (torch.zeros(3, 4, 4), "must be uint8.*float32"),
+        (np.full((4, 4, 3), 255, np.float32), r"must be uint8.*or floats in \[0, 1\], got float32"),
+        (torch.full((3, 4, 4), -1.0), "must be uint8.*float32"),
+        (torch.full((3, 4, 4), float("nan")), "must be uint8.*float32"),
+        (np.zeros((4, 4, 3), np.int64), "must be uint8.*int64"),
         (np.zeros((4, 4, 2), np.uint8), r"with 1, 3 or 4 channels, got \(4, 4, 2\)"),
         (torch.zeros(8, 4, 3, dtype=torch.uint8), r"\(channels, height, width\).*got \(8, 4, 3\)"),
         (np.zeros((0, 4, 3), np.uint8), r"got \(0, 4, 3\)"),
         (np.zeros((1, 4, 4, 3), np.uint8), r"got \(1, 4, 4, 3\)"),
         (3, "got int"),
         (None, "got NoneType"),
-        (Image.new("I;16", (4, 4)), "mode 'I;16'"),
+        (Image.new("I;16", (4, 4)), "mode 'I;16'.*scale it"),
         (Image.new("F", (4, 4)), "mode 'F'"),
     ],
 )

@@ -28,6 +28,7 @@ PICTURES = {
     **{name: Image.new("RGB", size, "teal") for name, size in SIZES.items()},
     "array": COLOURS[..., :3],
     "grey array": COLOURS[..., 0],
+    "floats": COLOURS[..., :3] / 255,
     "tensor": torch.from_numpy(COLOURS).permute(2, 0, 1),
 }
 DEEP = Image.fromarray(COLOURS[..., 0].astype(np.uint16))
@@ -172,7 +173,7 @@ HOSTILE = [
     *each("image", "does not decode", CLOSED, RGB.convert("RGBA").convert("La"), "\0", "\ud800", ".", prompt="a"),
     *each("image", "there is no image at 'nowhere.png'", "nowhere.png", ["nowhere.png"], prompt="a"),
     *each(
-        "image", "must be uint8", COLOURS / 255, COLOURS > 9, COLOURS.astype(object), torch.ones(3, 9, 9), prompt="a"
+        "image", "must be uint8", COLOURS / 1, COLOURS > 9, COLOURS.astype(object), -torch.ones(3, 9, 9), prompt="a"
     ),
     *each("image", r"with 1, 3 or 4 channels, got \(", COLOURS[..., :2], COLOURS[None], COLOURS[:0], prompt="a"),
     *each("image", "has no content", Image.new("RGB", (0, 5)), Image.new("RGBA", (5, 0)), prompt="a"),
@@ -210,6 +211,7 @@ HOSTILE = [
     *each("latents", "latents have shape", torch.zeros(9, 16, 16), torch.zeros(16, 16), torch.zeros(()), prompt="a"),
     *each("latents", "latents have dtype", *(torch.ones(1, 16, 16).to(x) for x in (torch.int32, torch.bool))),
     *each("latents", "latents have dtype", torch.ones(1, 16, 16, dtype=torch.complex64)),
+    *each("latents", "latents have dtype", torch.ones(1, 16, 16).to(torch.float8_e4m3fn)),
     *each("latents", "latents hold NaN", torch.full((1, 16, 16), NAN), torch.full((1, 16, 16), -INF)),
     *each("output_type", "output_type=.* is unknown", None, "PIL", "jpg", "", 3, ["pil"], np.array(["pil", "np"])),
     *each("callback_on_step_end", "callback_on_step_end=.* must be a function", 3, "x", {"latents": 1}),

@@ -90,6 +90,9 @@ def test_noise_is_drawn_per_image_in_the_order_of_tokens(pipe):
     generator = seed(0)
     first, second = torch.randn(16, 16, generator=generator), torch.randn(6, 16, generator=generator)
     assert torch.equal(one[0], first) and torch.equal(one[1, :6], second) and not one[1, 6:].any()
+    given = torch.ones(2, 16, 16)
+    padded = pipe.prepare_latents(grids, None, given)
+    assert padded[0].all() and padded[1, :6].all() and not padded[1, 6:].any() and given.all()
     each = pipe.prepare_latents(grids, [seed(0), seed(0)], None)
     assert torch.equal(each[0], first) and torch.equal(each[1, :6], torch.randn(6, 16, generator=seed(0)))
 
@@ -153,6 +156,12 @@ def test_the_size_is_that_of_the_last_reference(pipe):
 def test_equal_and_idle_branches_are_not_computed(pipe, batch_sizes, prompt, settings, expected):
     pipe(prompt, num_inference_steps=4, output_type="latent", guidance_interval=(0.6, 1.0), **settings)
     assert batch_sizes == expected
+
+
+def test_contexts_of_all_prompts_are_not_copied(pipe):
+    contexts = pipe.encode_contexts([["a cat"], ["two hats"]])
+    both, first = contexts.select([0, 1], [0], [])
+    assert both is contexts.conditional and len(first.next_position) == 1
 
 
 def test_text_guidance_of_a_prompt_that_ends_with_an_image_does_nothing(pipe):
@@ -221,13 +230,35 @@ def test_output_types(pipe):
     assert outputs["latent"].images.shape == (2, 8, 16)
     images, texts = pipe(generator=seed(0), return_dict=False, **arguments)
     assert images[0].tobytes() == outputs["pil"].images[0].tobytes() and texts is None
-    decoded = pipe.decode_latents(outputs["latent"].images, [(2, 4)] * 2, "pt")
+    decoded = pipe.decode_latents(outputs["latent"].images, 32, 64, "pt")
     assert torch.equal(decoded, outputs["pt"].images)
+    again = [pipe("a cat", image=outputs[kind].images[0], generator=seed(0), **FAST).images for kind in ("np", "pt")]
+    assert torch.equal(*again)
+
+
+def test_latents_of_all_sizes_are_decoded(pipe):
+    arguments = {"prompt": "a cat", "num_inference_steps": 1}
+    latents = pipe(**arguments, generator=seed(0), output_type="latent").images
+    (image,) = pipe(**arguments, generator=seed(0)).images
+    assert [image.tobytes()] == [each.tobytes() for each in pipe.decode_latents(latents)]
+    for sizes, message in [
+        ((32, 64), r"expected .* \(1, 8, 16\)"),
+        ((60,), "the nearest is 64"),
+        ((None, 80), "is 64"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            pipe.decode_latents(latents, *sizes)
+    with pytest.raises(ValueError, match="choose one of pil, np, pt$"):
+        pipe.decode_latents(latents, output_type="latent")
 
 
 def test_images_of_unequal_size_come_as_a_list(pipe):
-    images = pipe(["a", "a"], image=[[CAT], []], num_inference_steps=1, output_type="np").images
+    arguments = {"prompt": ["a", "a"], "image": [[CAT], []], "num_inference_steps": 1}
+    images = pipe(**arguments, generator=seed(0), output_type="np").images
     assert [image.shape for image in images] == [(48, 64, 3), (64, 64, 3)]
+    latents = pipe(**arguments, generator=seed(0), output_type="latent").images
+    for image, decoded in zip(images, pipe.decode_latents(latents, [48, 64], [64, 64], "np"), strict=True):
+        assert np.array_equal(image, decoded)
 
 
 def test_a_bfloat16_model_keeps_float32_latents(pipe):
@@ -273,7 +304,7 @@ def test_diffusers_loads_what_we_save(pipe, tmp_path):
         ({"prompt": "a " * 100, "thinking": True}, "0 for references, and a plan; the model has 128"),
         ({"thinking": True, "max_think_tokens": 0}, "max_think_tokens=0"),
         ({"prompt": ["a", "a"], "image": [CAT, CAT]}, "2 images for 2 texts: pass a list of lists"),
-        ({"image": np.zeros((4, 4, 3))}, "must be uint8"),
+        ({"image": np.full((4, 4, 3), 9.0)}, "must be uint8"),
         ({"height": 50}, "height=50 .* nearest is 48"),
         ({"width": 1024}, "width=1024 .* nearest is 64"),
         ({"num_inference_steps": 0}, "num_inference_steps=0"),
@@ -313,6 +344,14 @@ def test_the_update_is_named_that_broke_an_image(pipe):
 
     with pytest.raises(ValueError, match="image 1 are NaN or infinite from update 2 of 3 on"):
         pipe(["a cat", "a dog"], callback_on_step_end=breaks, **FAST)
+
+
+def test_an_image_that_was_broken_once_is_named(pipe):
+    def breaks_and_mends(pipeline, step, timestep, tensors):
+        return {"latents": torch.full_like(tensors["latents"], float("nan") if step == 0 else 1.0)}
+
+    with pytest.raises(ValueError, match="image 0 are NaN or infinite from update 1 of 3 on"):
+        pipe("a cat", callback_on_step_end=breaks_and_mends, **FAST)
 
 
 def test_a_callback_may_stop(pipe):
@@ -356,6 +395,38 @@ def test_a_plan_fills_the_positions_that_are_left(pipe, monkeypatch):
     plans = pipe(prompts, **settings).texts
     assert lengths == left
     assert plans == [pipe(prompt, **settings).texts[0] for prompt in prompts]
+
+
+def longer_when_read_again(monkeypatch, pipe, text):
+    """What the model writes, whatever it is, is read as this text."""
+    monkeypatch.setattr(pipe.processor, "batch_decode", lambda ids, **options: [text] * len(ids))
+
+
+def test_a_plan_that_is_longer_when_read_again_is_cut_to_the_positions_that_are_left(pipe, monkeypatch):
+    """Half a letter of UTF-8 is one token, and decodes to a letter of three."""
+    longer_when_read_again(monkeypatch, pipe, "a " * 500)
+    contexts = pipe.encode_contexts([["a cat"], ["a " * 40]], max_think_tokens=3)
+    limit = pipe.model.config.text_config.max_position_embeddings
+    assert contexts.conditional.next_position.tolist() == [limit - 1] * 2  # one is left for the image
+    pipe.processor.tokenizer.model_max_length = 60
+    assert pipe("a cat", thinking=True, max_think_tokens=3, **FAST).texts == ["a " * 499 + "a"]
+
+
+def test_a_plan_is_read_again_as_it_was_written(pipe, monkeypatch):
+    longer_when_read_again(monkeypatch, pipe, "\na cat\n")
+    read = []
+    monkeypatch.setattr(
+        pipe, "encode_written", lambda text, most: read.append(text) or Echo4oPipeline.encode_written(pipe, text, most)
+    )
+    assert pipe("a cat", thinking=True, max_think_tokens=3, **FAST).texts == ["a cat"]
+    assert read == ["\na cat\n"]
+
+
+def test_a_plan_does_not_hang_on_how_the_model_is_asked_elsewhere(pipe):
+    expected = pipe("a cat", thinking=True, max_think_tokens=6, **FAST).texts
+    for name, value in {"num_beams": 3, "return_dict_in_generate": True, "use_cache": False}.items():
+        setattr(pipe.model.generation_config, name, value)
+        assert pipe("a cat", thinking=True, max_think_tokens=6, **FAST).texts == expected
 
 
 def test_an_interrupted_plan_ends_there(pipe):

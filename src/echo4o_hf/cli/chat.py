@@ -97,7 +97,9 @@ class Conversation:
                 **self.sampling,
             )
         (answer,) = processor.batch_decode(ids, skip_special_tokens=True)
-        self.context = self.pipe.prefill(context, [[processor.text_segment(answer)]]) if answer.strip() else context
+        if answer.strip():
+            context = self.pipe.prefill(context, [[self.pipe.encode_written(answer, limit - used - 2)]])
+        self.context = context
         return str(answer)
 
 

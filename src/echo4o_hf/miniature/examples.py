@@ -17,6 +17,7 @@ from echo4o_hf.miniature.dataset import draw_multi_reference, draw_surreal
 from echo4o_hf.miniature.world import render
 from echo4o_hf.model.packing import IGNORE, Segment, patchify
 from echo4o_hf.model.processing_bagel import BagelProcessor
+from echo4o_hf.model.vae import encode_mean
 
 Task = Literal["text", "references", "describe"]
 QUESTION = "Describe the picture."
@@ -71,9 +72,7 @@ def add_latents(examples: list[Example], vae: AutoencoderKL, processor: BagelPro
         pixels = [
             processor.image_processor.latent_pixels(picture) for picture in pictures[start : start + _ENCODE_BATCH]
         ]
-        mean = vae.encode(torch.stack(pixels).to(vae.dtype)).latent_dist.mode()
-        scaled = (mean.float() - (vae.config["shift_factor"] or 0.0)) * vae.config["scaling_factor"]
-        tokens += patchify(scaled, patch_size).unbind()
+        tokens += patchify(encode_mean(vae, torch.stack(pixels)), patch_size).unbind()
     each = iter(tokens)
     for example in examples:
         example.latents = next(each)

@@ -137,19 +137,23 @@ def to_rgb(image: ImageLike) -> Image.Image:
     """Any accepted image as PIL RGB, upright; transparent pixels become white.
 
     Args:
-        image: PIL, numpy uint8 (height, width[, channels]), torch uint8 (channels, height, width), or a path.
+        image: PIL, numpy (height, width[, channels]), torch ([channels, ]height, width), or a path. Arrays are uint8,
+            or floats in [0, 1].
 
     Raises:
-        ValueError: not an image, a file that does not decode, or values that are not 8 bit.
+        ValueError: not an image, a file that does not decode, or values of another range.
     """
     if isinstance(image, (str, os.PathLike)):
         image = _read(image)
     elif isinstance(image, (np.ndarray, torch.Tensor)):
         image = _from_array(image)
     if not isinstance(image, Image.Image):
-        raise ValueError(f"expected a PIL image, a uint8 array or tensor, or a path, got {type(image).__name__}")
+        raise ValueError(f"expected a PIL image, an array, a tensor, or a path, got {type(image).__name__}")
     if image.mode[0] in "IF":
-        raise ValueError(f"the image has mode {image.mode!r} (more than 8 bits a channel); convert it to 'RGB' first")
+        raise ValueError(
+            f"the image has mode {image.mode!r} (more than 8 bits a channel), which does not say what is white; scale "
+            "it: of 16 bits, image=np.asarray(image) / 65535"
+        )
     try:
         image = ImageOps.exif_transpose(image)  # cameras store photographs sideways with a note; viewers turn them
         if image.has_transparency_data:
@@ -178,11 +182,14 @@ def _from_array(array: np.ndarray | torch.Tensor) -> Image.Image:
     if isinstance(array, torch.Tensor):
         layout = "(channels, height, width)"
         shape, dtype = tuple(array.shape), str(array.dtype).removeprefix("torch.")
+        array = array.detach().float() if array.is_floating_point() else array  # numpy has no bfloat16
         array = array.movedim(0, -1).cpu().numpy() if array.ndim == 3 else array.cpu().numpy()
     else:
         shape, dtype = array.shape, str(array.dtype)
-    if dtype != "uint8":
-        raise ValueError(f"image arrays must be uint8 (0 to 255), got {dtype}")
+    if "float" in dtype and 0 <= array.min(initial=0) and array.max(initial=0) <= 1:  # not so for NaN
+        array = (array * 255).round().astype(np.uint8)
+    elif dtype != "uint8":
+        raise ValueError(f"image arrays must be uint8 (0 to 255), or floats in [0, 1], got {dtype}")
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[:, :, 0]
     if array.ndim not in (2, 3) or array.size == 0 or (array.ndim == 3 and array.shape[2] not in (3, 4)):

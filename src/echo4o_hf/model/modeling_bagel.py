@@ -5,7 +5,7 @@ latents. Each token passes the norms, projections and MLP of its expert; queries
 attention. Parameter names are those of the official checkpoint, in which the generation expert carries `_moe_gen`.
 
 Letters in shape comments: B batch, U understanding tokens, G generation tokens, L = U + G, K cached tokens,
-N latent tokens of the largest image, D hidden size, H heads, E head size, P vision patches, I images.
+N latent tokens of the largest image, C hidden size, H heads, E head size, P vision patches, I images.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ class BagelAttention(nn.Module):
         position_embeddings: tuple[Tensor, Tensor],
         branches: Sequence[Branch],
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(B, U, D), (B, G, D) -> the same, and the new keys and values, (B, H, L, E) each."""
+        """(B, U, C), (B, G, C) -> the same, and the new keys and values, (B, H, L, E) each."""
         batch, num_understanding, _ = understanding.shape
         heads = (batch, -1, self.config.num_attention_heads, self.head_dim)
         kv_heads = (batch, -1, cast(int, self.config.num_key_value_heads), self.head_dim)
@@ -141,7 +141,7 @@ class BagelAttention(nn.Module):
         sizes = [branch.num_rows for branch in branches]
         of_branches = zip(q.split(sizes), k.split(sizes), v.split(sizes), branches, strict=True)
         out = torch.cat([self.attend(*of_branch) for of_branch in of_branches])
-        out = out.reshape(batch, out.shape[1], -1)  # (B, L, D)
+        out = out.reshape(batch, out.shape[1], -1)  # (B, L, C)
         return self.o_proj(out[:, :num_understanding]), self.o_proj_moe_gen(out[:, num_understanding:]), k, v
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, branch: Branch) -> Tensor:
@@ -219,7 +219,7 @@ class BagelTextModel(nn.Module):
         branches: Iterable[Sequence[Branch]],
         cache: Cache | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Final hidden states: (B, U, D), (B, G, D) -> the same.
+        """Final hidden states: (B, U, C), (B, G, C) -> the same.
 
         Args:
             understanding: Embedded texts, markers and vision patches.
@@ -302,7 +302,7 @@ class BagelConnector(nn.Module):
         self.fc2 = nn.Linear(text.hidden_size, text.hidden_size)
 
     def forward(self, features: Tensor) -> Tensor:
-        """(P, vision hidden) -> (P, D)."""
+        """(P, vision hidden) -> (P, C)."""
         return self.fc2(self.act(self.fc1(features)))
 
 
@@ -318,7 +318,7 @@ class BagelPositionTable(nn.Module):
         self.pos_embed = nn.Buffer(torch.zeros(max_per_side**2, hidden_size))
 
     def forward(self, position_ids: Tensor) -> Tensor:
-        """(...) -> (..., D)."""
+        """(...) -> (..., C)."""
         return self.pos_embed[position_ids]
 
     def values(self) -> Tensor:
@@ -326,7 +326,7 @@ class BagelPositionTable(nn.Module):
         quarter = self.pos_embed.shape[1] // 4
         frequencies = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
         angles = torch.arange(self.max_per_side, dtype=torch.float64)[:, None] * frequencies
-        axis = torch.cat([angles.sin(), angles.cos()], dim=1)  # (side, D / 2)
+        axis = torch.cat([angles.sin(), angles.cos()], dim=1)  # (side, C / 2)
         rows, columns = axis.repeat_interleave(self.max_per_side, 0), axis.repeat(self.max_per_side, 1)
         return torch.cat([columns, rows], dim=1).float()
 
@@ -343,7 +343,7 @@ class BagelTimestepEmbedder(nn.Module):
         )
 
     def forward(self, timestep: Tensor) -> Tensor:
-        """(...) float32 -> (..., D)."""
+        """(...) float32 -> (..., C)."""
         index = torch.arange(self.num_frequencies, dtype=torch.float32, device=timestep.device)
         angles = timestep.float()[..., None] * torch.exp(-math.log(10000.0) / self.num_frequencies * index)
         features = torch.cat([angles.cos(), angles.sin()], dim=-1)
@@ -524,13 +524,13 @@ class BagelForConditionalGeneration(BagelPreTrainedModel, GenerationMixin):
         # 1. Embed the understanding stream.
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
-        understanding = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds  # (B, U, D)
+        understanding = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds  # (B, U, C)
         if pixel_values is not None:
             features = self.embed_images(pixel_values, vision_grids)
             understanding = _place(features, vision_mask, understanding)
 
         # 2. Noise the targets and embed the generation stream.
-        generation = target_velocity = understanding[:, :0]  # (B, 0, D)
+        generation = target_velocity = understanding[:, :0]  # (B, 0, C)
         target_mask = generation.any(-1)  # (B, 0)
         if latents is not None:
             if roles is None or segment_ids is None or latent_grids is None:
@@ -542,7 +542,7 @@ class BagelForConditionalGeneration(BagelPreTrainedModel, GenerationMixin):
             timestep = torch.where(target_mask, timestep.float(), 0.0)
             noisy = torch.lerp(latents.float(), noise.float(), timestep[..., None])
             target_velocity = noise.float() - latents.float()  # (B, G, latent_dim)
-            generation = self.embed_latents(noisy, timestep, latent_grids)  # (B, G, D)
+            generation = self.embed_latents(noisy, timestep, latent_grids)  # (B, G, C)
 
         # 3. Run the experts.
         if use_cache and past_key_values is None:
@@ -811,7 +811,7 @@ class BagelForConditionalGeneration(BagelPreTrainedModel, GenerationMixin):
         Returns:
             (batch, tokens, latent_dim) float32; without meaning on padding.
         """
-        embeds = self.vae2llm(latents.to(self.vae2llm.weight.dtype)) + block.latent_positions  # (B, N, D)
+        embeds = self.vae2llm(latents.to(self.vae2llm.weight.dtype)) + block.latent_positions  # (B, N, C)
         generation = embeds + self.time_embedder(timestep.to(latents.device))[:, None]
         _, hidden = self.language_model.model(block.markers, generation, block.position_embeddings, block.branches)
         velocity: Tensor = self.llm2vae(hidden).float()

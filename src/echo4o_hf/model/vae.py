@@ -49,6 +49,12 @@ def official_name(name: str, levels: int) -> str:
     return re.sub(r"(?<=decoder\.up\.)\d+", lambda match: str(levels - 1 - int(match[0])), name)
 
 
+def encode_mean(vae: AutoencoderKL, pixels: torch.Tensor) -> torch.Tensor:
+    """The posterior's mean, scaled as the model expects: (B, 3, height, width) in [-1, 1] -> (B, z, h, w) float32."""
+    mean: torch.Tensor = vae.encode(pixels.to(vae.dtype)).latent_dist.mode()
+    return (mean.float() - (vae.config["shift_factor"] or 0.0)) * vae.config["scaling_factor"]
+
+
 def vae_sizes(shapes: Shapes) -> dict[str, Any]:
     """Sizes of the `AutoencoderKL`, read off the shapes in ae.safetensors.
 

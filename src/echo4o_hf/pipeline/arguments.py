@@ -69,7 +69,7 @@ def check_latents(latents: Any, shape: tuple[int, ...]) -> None:
         raise ValueError(f"latents must be a torch.Tensor, got {type(latents).__name__}")
     if tuple(latents.shape) != shape:
         raise ValueError(f"latents have shape {tuple(latents.shape)}, expected (images, tokens, values) = {shape}")
-    if not latents.is_floating_point():
+    if latents.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         raise ValueError(f"latents have dtype {latents.dtype}, expected floats such as torch.float32")
     if not latents.isfinite().all():
         raise ValueError("latents hold NaN or infinite values; pass noise as torch.randn draws it")

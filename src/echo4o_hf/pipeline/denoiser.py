@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..model.context import NoisyBlock
 from ..model.modeling_bagel import BagelForConditionalGeneration
-from ..model.packing import Grid
+from ..model.packing import Grid, real_tokens
 from .caching import StepCache
 from .contexts import PromptContexts
 from .guidance import Guidance, guide
@@ -53,8 +53,8 @@ class Denoiser:
         self._num_tokens = max(lengths)
         self._mask: Tensor | None = None  # (B, N), False on padding
         if min(lengths) < self._num_tokens:
-            real = torch.arange(self._num_tokens) < torch.tensor(lengths)[:, None]
-            self._mask = real.to(contexts.conditional.attention_mask.device)
+            device = contexts.conditional.attention_mask.device
+            self._mask = real_tokens(torch.tensor(lengths, device=device), self._num_tokens)
 
     @torch.no_grad()
     def __call__(self, latents: Tensor, timestep: Tensor) -> Tensor:

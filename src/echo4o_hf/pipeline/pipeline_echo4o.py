@@ -26,8 +26,9 @@ from ..model.checkpoint import HUB_OPTIONS, load_components
 from ..model.configuration_bagel import SPECIAL_TOKEN_IDS
 from ..model.context import Context
 from ..model.modeling_bagel import BagelForConditionalGeneration
-from ..model.packing import Grid, Segment, patchify, unpatchify
+from ..model.packing import Grid, Segment, patchify, real_tokens, unpatchify
 from ..model.processing_bagel import BagelProcessor
+from ..model.vae import encode_mean
 from .arguments import (
     check_callback,
     check_choice,
@@ -45,7 +46,8 @@ from .lora import LoraMixin
 from .memory import with_advice
 from .prompts import THINKING_PROMPT, Item, count_positions, last_image, latent_grid, read_prompts
 
-OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+IMAGE_TYPES = ("pil", "np", "pt")
+OUTPUT_TYPES = (*IMAGE_TYPES, "latent")
 UPDATES_PER_CHECK = 8  # reading a device's memory waits for all that it still computes
 PARTS = ("model", "vae", "scheduler", "processor")
 
@@ -56,7 +58,7 @@ class Echo4oPipelineOutput(BaseOutput):
 
     Attributes:
         images: "pil": a list; "np" (B, height, width, 3) and "pt" (B, 3, height, width) in [0, 1], a list if sizes
-            differ; "latent" (B, N, D), padded with zeros if sizes differ.
+            differ; "latent" (B, N, D), padded with zeros if sizes differ, which `decode_latents` makes images of.
         texts: with thinking, the plan of each image.
     """
 
@@ -178,7 +180,7 @@ class Echo4oPipeline(LoraMixin, StepCacheMixin, DiffusionPipeline):
         return super().to(*args, **kwargs)
 
     def set_attention_backend(self, backend: str) -> None:
-        """Choose the attention of the model: "sdpa", "eager", "flex_attention", "flash_attention_2" ....
+        """Choose the attention of the model: "sdpa", "eager", and on GPUs "flex_attention", "flash_attention_2" ....
 
         The same as `pipe.model.set_attn_implementation`.
 
@@ -308,7 +310,7 @@ class Echo4oPipeline(LoraMixin, StepCacheMixin, DiffusionPipeline):
                 if callback_on_step_end is not None:
                     tensors = {name: latents for name in callback_on_step_end_tensor_inputs}
                     latents = read_callback(callback_on_step_end(self, step, timestep, tensors), latents)
-                finite_until += latents.isfinite().all(dim=2).all(dim=1)
+                finite_until += (finite_until == steps_done) & latents.isfinite().all(dim=2).all(dim=1)
                 steps_done += 1
                 progress_bar.update()
                 if steps_done % UPDATES_PER_CHECK == 0:
@@ -316,7 +318,9 @@ class Echo4oPipeline(LoraMixin, StepCacheMixin, DiffusionPipeline):
         self.check_finite(finite_until.tolist(), steps_done)
 
         # 6. Decode.
-        images = self.decode_latents(latents, grids, output_type)
+        stride = self.model.config.latent_stride
+        heights, widths = ([side * stride for side in sides] for sides in zip(*grids, strict=True))
+        images = latents if output_type == "latent" else self.decode_latents(latents, heights, widths, output_type)
         texts = None if contexts.plans is None else [contexts.plans[owner] for owner in owners]
         self.maybe_free_model_hooks()
         return Echo4oPipelineOutput(images=images, texts=texts) if return_dict else (images, texts)
@@ -360,12 +364,13 @@ class Echo4oPipeline(LoraMixin, StepCacheMixin, DiffusionPipeline):
         most_tokens = max(rows * columns for rows, columns in grids)
         check_latents(latents, (len(grids), most_tokens, self.model.config.latent_dim))
         for index, left in enumerate(self.positions_left(prompts, thinking)):
-            if left < thinking:
+            if left < (1 if thinking else 0):
                 limit = self.model.config.text_config.max_position_embeddings  # type: ignore[union-attr]
                 num_references = sum(not isinstance(item, str) for item in prompts[index])
+                plan = ", and a plan" if thinking else ""
                 raise ValueError(
                     f"prompt {index} needs {limit - left} positions, of them {2 * num_references} for references"
-                    f"{', and a plan' * thinking}; the model has {limit}: shorten it"
+                    f"{plan}; the model has {limit}: shorten it"
                 )
 
     def positions_left(self, prompts: list[list[Item]], thinking: bool) -> list[int]:
@@ -382,14 +387,12 @@ class Echo4oPipeline(LoraMixin, StepCacheMixin, DiffusionPipeline):
         """
         config = self.model.config
         pixels = self.processor.image_processor.latent_pixels(image)[None]  # (1, 3, height, width)
-        posterior = self.vae.encode(pixels.to(self._execution_device, self.vae.dtype)).latent_dist
-        shift = self.vae.config.shift_factor or 0.0
-        latents = (posterior.mode().float() - shift) * self.vae.config.scaling_factor  # (1, z, h, w)
+        latents = encode_mean(self.vae, pixels.to(self._execution_device))[0]  # (z, h, w)
         return Segment(
             role="latents",
             input_ids=[self.processor.start_of_image_token_id, self.processor.end_of_image_token_id],
-            latents=patchify(latents[0], config.latent_patch_size),
-            grid=(latents.shape[2] // config.latent_patch_size, latents.shape[3] // config.latent_patch_size),
+            latents=patchify(latents, config.latent_patch_size),
+            grid=(latents.shape[1] // config.latent_patch_size, latents.shape[2] // config.latent_patch_size),
         )
 
     def encode_item(self, item: Item) -> list[Segment]:
@@ -398,6 +401,11 @@ class Echo4oPipeline(LoraMixin, StepCacheMixin, DiffusionPipeline):
             return [self.processor.text_segment(item)]
         # The image is resized already, which the official code does before both transforms.
         return [self.encode_image(item), self.processor.vision_segment(item, from_original=True)]
+
+    def encode_written(self, text: str, most_tokens: int) -> Segment:
+        """What the model wrote as a text of its own, which may have more tokens than it wrote: all beyond are cut."""
+        ids = self.processor.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"][:most_tokens]
+        return Segment(role="text", input_ids=[self.processor.bos_token_id, *ids, self.processor.eos_token_id])
 
     @torch.no_grad()
     def encode_contexts(self, prompts: list[list[Item]], max_think_tokens: int | None = None) -> PromptContexts:
@@ -409,46 +417,48 @@ class Echo4oPipeline(LoraMixin, StepCacheMixin, DiffusionPipeline):
         """
         thinking = max_think_tokens is not None
         lead = [THINKING_PROMPT] if thinking else []
-        rows = [[segment for item in [*lead, *items] for segment in self.encode_item(item)] for items in prompts]
-        before = [row[:-1] if row[-1].role == "text" else row for row in rows]
-        last = [row[len(start) :] for row, start in zip(rows, before, strict=True)]
-        texts = [[segment for segment in row if segment.role == "text"] for row in rows]
-        has_images = [len(text) < len(row) for text, row in zip(texts, rows, strict=True)]
+        samples = [[segment for item in [*lead, *items] for segment in self.encode_item(item)] for items in prompts]
+        # Guidance by text compares with what comes before a last text, guidance by images with the texts alone.
+        before_text = [sample[:-1] if sample[-1].role == "text" else sample for sample in samples]
+        last_text = [sample[len(before) :] for sample, before in zip(samples, before_text, strict=True)]
+        all_texts = [[segment for segment in sample if segment.role == "text"] for sample in samples]
+        has_images = [len(texts) < len(sample) for texts, sample in zip(all_texts, samples, strict=True)]
 
-        empty = Context.empty(len(rows), self._execution_device)
-        without_text = self.prefill(empty.copy(), before)
-        conditional = self.prefill(without_text.copy(), last)
-        without_images = conditional.copy()
-        if any(has_images):
-            needed = [text if differs or thinking else [] for text, differs in zip(texts, has_images, strict=True)]
-            without_images = self.prefill(empty, needed)
+        empty = Context.empty(len(samples), self._execution_device)
+        without_text = self.prefill(empty.copy(), before_text)
+        conditional = self.prefill(without_text.copy(), last_text)
+        without_images = self.prefill(empty, all_texts) if any(has_images) else conditional.copy()
 
-        plans = None
+        plans = [""] * len(samples)
         if max_think_tokens is not None:
-            plans = self.think(conditional, [min(max_think_tokens, n) for n in self.positions_left(prompts, thinking)])
-            segments = [[self.processor.text_segment(plan)] if plan else [] for plan in plans]
+            left = self.positions_left(prompts, thinking)
+            written = self.think(conditional, [min(max_think_tokens, most) for most in left])
+            plans = [text.strip() for text in written]
+            segments = [
+                [self.encode_written(text, most)] if plan else []
+                for text, most, plan in zip(written, left, plans, strict=True)
+            ]
             conditional = self.prefill(conditional, segments)
-        has_plan = [bool(plan) for plan in plans or [""] * len(rows)]
         return PromptContexts(
             conditional,
             without_text,
             without_images,
-            text_differs=[bool(text) or plan for text, plan in zip(last, has_plan, strict=True)],
-            images_differ=[images or plan for images, plan in zip(has_images, has_plan, strict=True)],
-            plans=plans,
+            text_differs=[bool(text or plan) for text, plan in zip(last_text, plans, strict=True)],
+            images_differ=[images or bool(plan) for images, plan in zip(has_images, plans, strict=True)],
+            plans=plans if thinking else None,
         )
 
-    def prefill(self, context: Context, rows: list[list[Segment]]) -> Context:
-        """Append the segments of each row, side by side."""
-        for segments in zip_longest(*rows):
+    def prefill(self, context: Context, samples: list[list[Segment]]) -> Context:
+        """Append the segments of each sample to its row of the context."""
+        for segments in zip_longest(*samples):
             context = self.model.prefill(context, segments)
         return context
 
     def think(self, context: Context, max_tokens: Sequence[int]) -> list[str]:
-        """The plan that the model writes after each row of the context, without sampling, until interrupted."""
+        """What the model writes after each row of the context, without sampling, until interrupted."""
         end = self.processor.eos_token_id
         limits = torch.tensor(max_tokens, device=context.attention_mask.device)
-        before = len(context) + 1  # `generate_from` puts an id for each cached token, and the first
+        before = len(context) + 1  # `generate` counts the cached tokens, and the [bos] that the plan begins with
 
         def is_done(ids: Tensor, scores: Any, **_: Any) -> Tensor:
             return (ids.shape[1] - before >= limits) | self.interrupt
@@ -461,7 +471,8 @@ class Echo4oPipeline(LoraMixin, StepCacheMixin, DiffusionPipeline):
             pad_token_id=end,
             stopping_criteria=[is_done],
         )
-        return [text.strip() for text in self.processor.batch_decode(ids, skip_special_tokens=True)]
+        plans: list[str] = self.processor.batch_decode(ids, skip_special_tokens=True)
+        return plans
 
     def prepare_latents(
         self, grids: list[Grid], generator: torch.Generator | Sequence[torch.Generator] | None, latents: Tensor | None
@@ -481,8 +492,7 @@ class Echo4oPipeline(LoraMixin, StepCacheMixin, DiffusionPipeline):
             return torch.nn.utils.rnn.pad_sequence(noise, batch_first=True)
         latents = latents.to(self._execution_device, torch.float32)
         lengths = torch.tensor([rows * columns for rows, columns in grids], device=latents.device)
-        real = torch.arange(latents.shape[1], device=latents.device) < lengths[:, None]  # (B, N)
-        return latents.masked_fill(~real[..., None], 0)
+        return latents.masked_fill(~real_tokens(lengths, latents.shape[1])[..., None], 0)
 
     def prepare_timesteps(self, num_inference_steps: int) -> Tensor:
         """The scheduler's timesteps, kept on the CPU so that no step waits for the device: (steps,)."""
@@ -493,21 +503,35 @@ class Echo4oPipeline(LoraMixin, StepCacheMixin, DiffusionPipeline):
 
     @with_advice
     @torch.no_grad()
-    def decode_latents(self, latents: Tensor, grids: list[Grid], output_type: str) -> Any:
-        """Images from latents (B, N, D), one by one to save memory; see `Echo4oPipelineOutput`.
+    def decode_latents(
+        self,
+        latents: Tensor,
+        height: int | list[int] | None = None,
+        width: int | list[int] | None = None,
+        output_type: str = "pil",
+    ) -> Any:
+        """Images from what `output_type="latent"` gives, one by one to save memory; see `Echo4oPipelineOutput`.
+
+        Args:
+            latents: (B, N, D).
+            height: pixels, as in the call; a list if the images have heights of their own.
+            width: likewise.
+            output_type: "pil", "np" or "pt".
 
         Raises:
-            ValueError: images that are not finite.
+            ValueError: sizes that the latents do not have, or images that are not finite.
         """
-        if output_type == "latent":
-            return latents
+        check_choice("output_type", output_type, IMAGE_TYPES)
         config, vae, vae_dtype = self.model.config, self.vae.config, self.vae.dtype
+        heights, widths = (side if isinstance(side, list) else [side] * len(latents) for side in (height, width))
+        grids = [latent_grid(None, *size, config) for size in zip(heights, widths, strict=True)]
+        check_latents(latents, (len(grids), max(map(math.prod, grids)), config.latent_dim))
         images = []
         for index, (tokens, (rows, columns)) in enumerate(zip(latents, grids, strict=True)):
             tokens = tokens[: rows * columns]
             x = unpatchify(tokens, (rows, columns), config.latent_patch_size, config.latent_channels)  # (z, h, w)
             x = x / vae.scaling_factor + (vae.shift_factor or 0.0)
-            image = self.vae.decode(x[None].to(vae_dtype), return_dict=False)[0][0].float()
+            image = self.vae.decode(x[None].to(self._execution_device, vae_dtype), return_dict=False)[0][0].float()
             if not image.isfinite().all():
                 raise ValueError(
                     f"image {index} out of the VAE holds NaN or infinite values: its weights do, or {vae_dtype} "

@@ -160,7 +160,7 @@ class ValidationCallback(TrainerCallback):
                 output_type="latent",
                 return_dict=False,
             )[0]
-        images: list[Image.Image] = pipeline.decode_latents(latents, [(rows, columns)] * len(prompts), "pil")
+        images: list[Image.Image] = pipeline.decode_latents(latents, rows * stride, columns * stride)
         return images
 
     def _grid(self, pipeline: Echo4oPipeline) -> Grid:
