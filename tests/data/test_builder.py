@@ -266,6 +266,8 @@ def test_bytes_survive_files_of_the_same_name(tmp_path, monkeypatch):
     "options, message",
     [
         ({"name": None}, "one of surreal_fantasy"),
+        ({"name": None, "decode": False}, "NAME.*, one of surreal_fantasy"),
+        ({"name": None, "validation_fraction": 2}, "between 0 and 1, got 2"),
         ({"name": "surreal"}, "surreal_fantasy"),
         ({"on_error": "ignore"}, "on_error must be 'raise' or 'skip', got 'ignore'"),
         ({"max_pixels": 0}, "max_pixels must be positive, got 0"),

@@ -48,8 +48,6 @@ class Echo4oImageConfig(datasets.BuilderConfig):
 
     def check(self) -> None:
         """Raise a ValueError for an option that makes no sense."""
-        if self.name not in (*SUBSETS, "all"):
-            raise ValueError(f"name the subset: one of {', '.join(SUBSETS)}, all; got {self.name!r}")
         if self.data_files is not None:
             raise ValueError("data_files is not used: give the folder that holds the subsets as data_dir")
         if self.on_error not in ("raise", "skip"):
@@ -58,6 +56,8 @@ class Echo4oImageConfig(datasets.BuilderConfig):
             raise ValueError(f"max_pixels must be positive, got {self.max_pixels}")
         if not 0 <= self.validation_fraction <= 1:
             raise ValueError(f"validation_fraction must be between 0 and 1, got {self.validation_fraction}")
+        if self.name not in (*SUBSETS, "all"):  # such as "default", as datasets calls no name
+            raise ValueError(f"name the subset: load_dataset('echo-4o-image', NAME), one of {', '.join(SUBSETS)}, all")
 
     def create_config_id(self, config_kwargs: dict[str, Any], custom_features: datasets.Features | None = None) -> str:
         """The cached files do not depend on `decode`, and on the repository only through `state`."""
