@@ -55,7 +55,11 @@ def test_a_page_that_goes_stops_what_runs_and_what_waits(studio: Studio) -> None
 
 def test_a_run_that_fails_is_over(studio: Studio) -> None:
     runs = Runs(studio)
-    with pytest.raises(gr.Error, match="shorten it"), runs.during(PAGE, runs.begin(PAGE)):
+    with (
+        pytest.warns(UserWarning, match="shorten it"),  # what the page shows
+        pytest.raises(gr.Error, match="shorten it"),
+        runs.during(PAGE, runs.begin(PAGE)),
+    ):
         raise ValueError("shorten it")
     assert not runs.there_are(PAGE)
 
@@ -68,6 +72,18 @@ def test_files_that_no_page_has_sent(studio: Studio, path: str) -> None:
         uploaded([path])
     with pytest.raises(gr.Error, match="was not uploaded"):
         ImagesTab(studio).reuse("image.png", [(path, None)])
+
+
+def test_references_that_are_no_pictures_are_not_kept(studio: Studio, picture: Path) -> None:
+    folder = Path(get_upload_folder()) / "4567"
+    folder.mkdir(parents=True, exist_ok=True)
+    whole, broken = folder / "circle.png", folder / "broken.png"
+    whole.write_bytes(picture.read_bytes())
+    broken.write_bytes(picture.read_bytes()[:99])
+    tab = ImagesTab(studio)
+    with pytest.warns(UserWarning, match=r"^broken\.png cannot be read as a picture$"):
+        assert tab.check([(str(whole), "caption"), (str(broken), None)]) == [(str(whole), None)]
+    assert tab.check([(str(whole), None)]) == gr.skip()
 
 
 def test_files_that_a_page_has_sent() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import gradio as gr
 
 from .session import MODEL, Runs, message, uploaded
-from .studio import Question, Studio
+from .studio import Question, Studio, read_upload
 
 Message = dict[str, Any]  # "role", and "content": a text, or {"path": ...}; of a new question "text" and "files"
 
@@ -68,6 +68,8 @@ class ChatTab:
         quiet: dict[str, Any] = {"queue": False, "api_visibility": "private"}
         for over in (answered.success, answered.failure):  # Gradio's `then` is not called after an error
             over(self.end, run, stop, **quiet)
+        for failed in (asked.failure, answered.failure):  # what was said would stay hidden under the word Error
+            failed(gr.skip, None, chatbot, **quiet)
         stop.click(self.runs.stop, **quiet)
         chatbot.clear(list, None, said, **quiet)
 
@@ -79,8 +81,14 @@ class ChatTab:
             raise message("Wait for the answer, or stop it.")
         if not question["text"].strip():
             raise message("Write a question about the pictures.")
-        files = [{"role": "user", "content": {"path": str(path)}} for path in uploaded(question["files"])]
-        said = [*said, *files, {"role": "user", "content": question["text"]}]
+        files = uploaded(question["files"])
+        try:
+            for file in files:
+                read_upload(file)
+        except OSError as error:
+            raise message(str(error)) from error
+        pictures = [{"role": "user", "content": {"path": str(file)}} for file in files]
+        said = [*said, *pictures, {"role": "user", "content": question["text"]}]
         return said, said, {"text": "", "files": []}, gr.Button(interactive=True), self.runs.begin(request)
 
     def answer(

@@ -11,7 +11,7 @@ import gradio as gr
 
 from ..pipeline.guidance import REFERENCES, RENORMS, TEXT_TO_IMAGE
 from .session import MODEL, Runs, message, served, uploaded
-from .studio import Drawing, Studio, settings_of
+from .studio import Drawing, Studio, read_upload, settings_of
 
 MAX_SEED = 2**32 - 1
 
@@ -86,6 +86,9 @@ class ImagesTab:
         )
         for over in (drawn.success, drawn.failure):  # Gradio's `then` is not called after an error
             over(self.end, run, buttons, queue=False, api_visibility="private")
+        cleared = [gallery, result.status]  # the images would stay hidden under the word Error
+        drawn.failure(lambda: (gr.skip(), ""), None, cleared, queue=False, api_visibility="private")
+        references.upload(self.check, references, references, **quiet)
         stop.click(self.runs.stop, queue=False, api_visibility="private")
         outputs = [result.settings, result.details, chosen, result.reuse]
         drawn.success(self.show_newest, shown, outputs, **quiet)
@@ -111,6 +114,18 @@ class ImagesTab:
             thinking = gr.Checkbox(False, label="Thinking", info="write a plan first", elem_id="thinking")
             tokens = gr.Slider(1, longest, min(1000, longest), step=1, label="Tokens of the plan, at most")
         return [thinking, tokens]
+
+    def check(self, references: list[tuple[str, str | None]]) -> Any:
+        """The references without files that are no pictures, which the page is told of."""
+        files = uploaded(path for path, _ in references)
+        whole = []
+        for file in files:
+            try:
+                read_upload(file)
+                whole.append((str(file), None))
+            except OSError as error:
+                message(str(error))
+        return gr.skip() if len(whole) == len(files) else whole
 
     def begin(self, request: gr.Request) -> tuple[gr.Button, gr.Button, str]:
         """The buttons while an image is drawn, and the run."""

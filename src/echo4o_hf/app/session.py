@@ -86,8 +86,10 @@ class Runs:
 
 
 def message(text: str) -> gr.Error:
-    """An error as the page shows it, without a trace in the terminal."""
-    return gr.Error(escape(text, quote=False), duration=15, print_exception=False)
+    """What the user can mend: the page shows a warning, callers over HTTP get this error; no trace in the terminal."""
+    text = escape(text, quote=False)
+    gr.Warning(text, duration=15)
+    return gr.Error(text, visible=False, print_exception=False)
 
 
 def uploaded(paths: Iterable[str]) -> list[Path]:

@@ -149,7 +149,7 @@ class Studio:
             if stop.is_set():
                 return Drawn([], "", 0)
             self._use_adapter(drawing.adapter, drawing.adapter_weight)
-            references = [_read(path) for path in drawing.references]
+            references = [read_upload(path) for path in drawing.references]
             with self._during(stop):
                 result = self.pipeline(
                     drawing.prompt,
@@ -227,7 +227,7 @@ class Studio:
         """The context that the answer follows, and how many tokens the answer may have."""
         processor = self.pipeline.processor
         segments = [
-            processor.text_segment(item) if isinstance(item, str) else processor.vision_segment(_read(item))
+            processor.text_segment(item) if isinstance(item, str) else processor.vision_segment(read_upload(item))
             for item in conversation
         ]
         length = sum(segment.rope_advance for segment in segments) + 1
@@ -302,8 +302,12 @@ def find_adapters(folders: Sequence[Path]) -> dict[str, str]:
     return adapters
 
 
-def _read(path: Path) -> Image.Image:
-    """A picture that a page has sent; errors call it as its owner does, not by its folder here."""
+def read_upload(path: Path) -> Image.Image:
+    """A picture that a page has sent; errors call it as its owner does, not by its folder here.
+
+    Raises:
+        OSError: it is no whole picture.
+    """
     try:
         return read_picture(path)
     except OSError as error:

@@ -41,6 +41,19 @@ def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--items", type=Path, metavar="FILE", help="JSON lines (default: the benchmark's own)")
     parser.add_argument(
+        "--numbering",
+        choices=("0", "1", "id"),
+        help="what names count from, where that is open; id: the items' own ids",
+    )
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="results to write, as JSON")
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="of the intervals' resampling (default: %(default)s)"
+    )
+    _judging_arguments(parser)
+
+
+def _judging_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
         "--judge",
         action=_AddJudge,
         required=True,
@@ -59,7 +72,6 @@ def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
         "base_url=http://localhost:8000/v1 or, for the cost, prices=[2,8] of a million tokens in and out; "
         "repeat it for several",
     )
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="results to write, as JSON")
     parser.add_argument(
         "--store",
         type=Path,
@@ -80,14 +92,6 @@ def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--repeats", type=int, default=1, metavar="N", help="how often to ask about a picture (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--numbering",
-        choices=("0", "1", "id"),
-        help="what names count from, where that is open; id: the items' own ids",
-    )
-    parser.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="of the intervals' resampling (default: %(default)s)"
     )
 
 
