@@ -1,4 +1,4 @@
-"""A question about a picture: `python examples/understand.py` prints the answer."""
+"""A question about a picture: `python examples/understand.py` prints the answer, of the miniature mostly a wrong one."""
 
 import torch
 
