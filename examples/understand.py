@@ -1,4 +1,4 @@
-"""A question about a picture: `python examples/understand.py` prints the answer, of the miniature mostly a wrong one."""
+"""A question about a picture: `python examples/understand.py` prints the answer (the miniature's is mostly wrong)."""
 
 import torch
 
