@@ -90,6 +90,7 @@ def test_thinking_prints_the_plan(tmp_path: Path, capsys: pytest.CaptureFixture[
         ({"options": ["--batch-size", "2"]}, "--batch-size goes with --prompts, --seeds or --benchmark"),
         ({"options": ["--guidance-interval", "1", "0"]}, "guidance_interval"),
         ({"options": ["--device", "abacus"]}, "'abacus'"),
+        ({"options": ["--attention", "foo"]}, "--attention foo is unknown: choose one of eager, flash_attention_2"),
         ({"output": "out.jpg"}, "OUT must end in .png, got"),
     ],
 )
@@ -104,11 +105,40 @@ def test_mistakes_are_one_line_and_exit_code_2(
     assert not list(tmp_path.iterdir())
 
 
-def test_unknown_commands_and_missing_arguments_exit_with_2() -> None:
-    for arguments in ([], ["paint"], ["generate"], ["generate", "a"], ["convert", "src"], ["data"], ["data", "paint"]):
-        with pytest.raises(SystemExit) as stop:
-            main(arguments)
-        assert stop.value.code == 2
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("", "echo4o: error: the following arguments are required: COMMAND"),
+        ("paint", "echo4o: error: argument COMMAND: invalid choice: 'paint'"),
+        ("generate", "echo4o generate: error: the following arguments are required: --model"),
+        ("convert src", "echo4o convert: error: the following arguments are required: DST"),
+        ("data", "echo4o data: error: the following arguments are required: COMMAND"),
+        ("data paint", "echo4o data: error: argument COMMAND: invalid choice: 'paint'"),
+        ("data stats --paint", "echo4o data stats: error: unrecognized arguments: --paint (echo4o data stats --help"),
+        (
+            "generate a --model m -o o --image a.png b.png",
+            "echo4o generate: error: unrecognized arguments: b.png; for several values, repeat the option before each",
+        ),
+    ],
+)
+def test_unknown_commands_and_missing_arguments_are_one_line_and_exit_code_2(
+    arguments: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(arguments.split())
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(message) and line.endswith("--help says more)")
+
+
+@pytest.mark.parametrize("command", ["report it -o x", "train it", "evaluate geneval_pp --items it"])
+def test_files_that_are_not_there(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    judging = ["--images", ".", "--judge", "shapes", "-o", "x"] if "evaluate" in command else []
+    assert main([*command.split(), *judging]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == "echo4o: error: it: No such file or directory"
 
 
 def test_ctrl_c_exits_with_130_and_writes_nothing(tmp_path: Path) -> None:
@@ -181,11 +211,14 @@ def test_data_stats(hub_layout: Path, tmp_path: Path, capsys: pytest.CaptureFixt
         assert any(subset in line for line in table)
 
 
-def test_data_export(hub_layout: Path, tmp_path: Path) -> None:
+def test_data_export(hub_layout: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "out"
     arguments = ["--data-dir", str(hub_layout), "--subset", "instruction_following"]
     assert main(["data", "export", "imagefolder", str(output), *arguments]) == 0
     assert len(load_dataset("imagefolder", data_dir=str(output), split="train")) == 6
+    assert main(["data", "export", "imagefolder", str(output), *arguments]) == 2
+    assert "holds an export already; --overwrite replaces it" in capsys.readouterr().err
+    assert main(["data", "export", "imagefolder", str(output), *arguments, "--overwrite"]) == 0
 
 
 def test_data_overlap(hub_layout: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -210,9 +243,10 @@ def test_data_overlap(hub_layout: Path, tmp_path: Path, capsys: pytest.CaptureFi
     [
         (["build", "out", "--data-dir", "missing"], "missing"),
         (["build", "out", "--max-shard-size", "many"], "many"),
-        (["stats", "--data-dir", "missing"], "missing"),
-        (["export", "jsonl", "out", "--data-dir", "missing"], "missing"),
-        (["overlap", "--benchmark", "b=missing.jsonl"], "missing.jsonl"),
+        (["stats", "--data-dir", "missing"], "--data-dir is not a folder: "),
+        (["stats", "--data-dir", "data_dir/missing"], "/data_dir/missing"),
+        (["export", "jsonl", "out", "--data-dir", "missing"], "--data-dir is not a folder: "),
+        (["overlap", "--benchmark", "b=missing.jsonl"], "error: missing.jsonl: No such file or directory"),
         (["overlap", "--benchmark", "prompts.jsonl"], "'prompts.jsonl' is none of geneval_pp, "),
     ],
 )
@@ -240,7 +274,7 @@ def test_data_without_network(
     monkeypatch.chdir(tmp_path)
     assert main(["data", *command]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("echo4o: error: ") and "give a copy as data_dir" in line
+    assert line.startswith("echo4o: error: ") and "as --data-dir" in line
 
 
 def test_data_names_the_broken_record(

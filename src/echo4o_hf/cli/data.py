@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +170,21 @@ def _overlap(args: argparse.Namespace) -> None:
         print(args.drop)
 
 
+def _naming_options(run: Callable[[argparse.Namespace], None]) -> Callable[[argparse.Namespace], None]:
+    """A command whose errors name its options, not the parameters of the functions behind it."""
+
+    def run_and_name(args: argparse.Namespace) -> None:
+        try:
+            run(args)
+        except (ValueError, OSError) as error:
+            if len(error.args) == 1:
+                text = re.sub(r"(?<![\w/.-])data_dir(?!\.?[\w/-])", "--data-dir", str(error))
+                error.args = (re.sub(r"\w+ \((--[\w-]+)\)", r"\1", text),)  # where both are named
+            raise
+
+    return run_and_name
+
+
 COMMANDS = (
     Command("build", "Parquet files that load without this package", _build_arguments, _build),
     Command("stats", "rows, sizes and lengths per subset and category", _stats_arguments, _stats),
@@ -176,4 +193,8 @@ COMMANDS = (
 )
 
 
-DATA = Group("data", "Echo-4o-Image: build, describe, export, compare with benchmarks", COMMANDS)
+DATA = Group(
+    "data",
+    "Echo-4o-Image: build, describe, export, compare with benchmarks",
+    tuple(command._replace(run=_naming_options(command.run)) for command in COMMANDS),
+)

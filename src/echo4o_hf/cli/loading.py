@@ -94,6 +94,7 @@ def read_source(
             raise ValueError(f"--offload does not go with {name}: leave out one of them")
     if args.offload and device.type == "cpu":
         raise ValueError("--offload brings the weights to an accelerator while they are used, and the device is cpu")
+    _check_attention(args.attention)
     if args.quantize and find_spec("bitsandbytes") is None:
         raise ImportError("--quantize needs bitsandbytes: pip install 'echo4o-hf[qlora]'")
     return Source(
@@ -107,6 +108,15 @@ def read_source(
         args.quantize,
         args.offload,
     )
+
+
+def _check_attention(name: str | None) -> None:
+    """Refuse what transformers would, which is asked once the weights are loaded."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    names = sorted({"eager", *(key for key in ALL_ATTENTION_FUNCTIONS.valid_keys() if "paged" not in key)})
+    if name is not None and name not in names and "/" not in name:  # or a kernel's repository on the Hub
+        raise ValueError(f"--attention {name} is unknown: choose one of {', '.join(names)}")
 
 
 def _read_device(name: str | None) -> torch.device:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import Any, NoReturn
 
 from .. import __version__
 from .app import APP
@@ -22,9 +23,26 @@ from .train import TRAIN
 COMMANDS = (DEMO, GENERATE, CHAT, APP, CONVERT, DATA, TRAIN, EVALUATE, REPORT, INSTALL_METRICS, HUB)
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong, without all options before it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} ({self.prog} --help says more)\n")
+
+    def parse_known_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: Any = None
+    ) -> tuple[Any, list[str]]:
+        """What the parser of a command does not know is its error, not that of `echo4o`."""
+        known, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            hint = "" if unknown[0].startswith("-") else "; for several values, repeat the option before each"
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+        return known, unknown
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
-    parser = argparse.ArgumentParser(prog="echo4o", description="Echo-4o (Bagel) with transformers and diffusers.")
+    parser = _Parser(prog="echo4o", description="Echo-4o (Bagel) with transformers and diffusers.")
     parser.add_argument("--version", action="version", version=f"echo4o-hf {__version__}")
     _add_commands(parser, COMMANDS)
     return parser
@@ -68,6 +86,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _failed(error: Exception, prefix: str = "") -> int:
     """Say in one line what is wrong, and what the notes of the error advise."""
-    texts = [prefix, str(error), *getattr(error, "__notes__", [])]
+    is_file = isinstance(error, OSError) and error.filename and error.strerror  # else it has words of its own
+    text = f"{error.filename}: {error.strerror}" if is_file else str(error)
+    texts = [prefix, text, *getattr(error, "__notes__", [])]
     print("echo4o: error:", " ".join(" ".join(texts).split()), file=sys.stderr)
     return 2
