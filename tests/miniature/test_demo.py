@@ -20,14 +20,15 @@ def test_the_journey_leaves_a_report_and_goes_on_where_it_was(tiny, tmp_path, ca
     results = demo.run_demo(output, quick=True, control=True)
     assert list(results["runs"]) == ["bagel-miniature", "fine-tuned", "control", "echo4o-miniature"]
     assert all(run["num_items"] == 7 and set(run["per_tag"]) == set(TAGS) for run in results["runs"].values())
-    assert json.loads((output / "results.json").read_text()) == results
+    assert json.loads((output / "summary.json").read_text()) == results
     scored = read_results(output / "control.scores.json")
     assert scored["benchmark"] == "shapes_140" and scored["scores"] == results["runs"]["control"]
     page = (output / "report.html").read_text()
     assert (
         page.count("data:image/png;base64,") >= 28 and "NaN" not in (output / "fine-tuned.training.json").read_text()
     )
-    assert "Shapes-140" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "Shapes-140" in printed and "2 steps are too few to learn; without --quick there are 500" in printed
     assert isinstance(Echo4oPipeline.from_pretrained(output / "fine-tuned"), Echo4oPipeline)
 
     (output / "echo4o-miniature.scores.json").unlink()
@@ -38,6 +39,9 @@ def test_the_journey_leaves_a_report_and_goes_on_where_it_was(tiny, tmp_path, ca
     monkeypatch.setattr(demo, "train", fail)
     again = demo.run_demo(output, quick=True, control=True)
     assert again["runs"] == results["runs"]
+    assert " s; the pictures are in " in capsys.readouterr().out
+    demo.run_demo(output, quick=True, control=True)
+    assert f"all of it was there already; the pictures are in {output / 'report.html'}" in capsys.readouterr().out
 
 
 def test_other_settings_start_over_but_foreign_files_are_kept(tmp_path):

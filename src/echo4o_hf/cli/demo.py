@@ -9,7 +9,7 @@ from .command import Command
 
 
 def _demo_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--quick", action="store_true", help="the short form: fewer items and training steps")
+    parser.add_argument("--quick", action="store_true", help="the short form: fewer items, and too few steps to learn")
     parser.add_argument("--control", action="store_true", help="also train as many steps on the base's noisy captions")
     parser.add_argument(
         "--output", type=Path, default=Path("demo"), metavar="DIR", help="folder to write (default: %(default)s)"

@@ -28,9 +28,10 @@ QUICK = {"items_per_tag": 5, "examples": 1200, "steps": 40}
 
 
 def run_demo(output: Path, quick: bool = False, seed: int = 0, control: bool = False) -> dict[str, Any]:
-    """Run the journey and write `results.json`, `report.html`, the pictures and the fine-tuned model to `output`.
+    """Run the journey and write `summary.json`, `report.html`, the pictures and the fine-tuned model to `output`.
 
-    A run that was stopped goes on where it was; other settings than before start over.
+    A run that was stopped goes on where it was; other settings than before start over. The results of each model are
+    in `NAME.scores.json`, as `echo4o evaluate` writes them.
 
     Args:
         output: Folder to write.
@@ -57,7 +58,7 @@ def run_demo(output: Path, quick: bool = False, seed: int = 0, control: bool = F
         "runs": {run.name: run.results["scores"] for run in runs},
         "losses": journey.losses,
     }
-    _write_json(output / "results.json", results)
+    _write_json(output / "summary.json", results)
     write_report(
         runs,
         output / "report.html",
@@ -66,7 +67,10 @@ def run_demo(output: Path, quick: bool = False, seed: int = 0, control: bool = F
         seconds=journey.seconds,
     )
     print(_table(runs))
-    print(f"{time.monotonic() - clock:.0f} s; the pictures are in {output / 'report.html'}")
+    if quick:
+        print(f"{size['steps']} steps are too few to learn; without --quick there are {FULL['steps']}")
+    done = f"{time.monotonic() - clock:.0f} s" if journey.num_run else "all of it was there already"
+    print(f"{done}; the pictures are in {output / 'report.html'}")
     return results
 
 
@@ -78,11 +82,13 @@ class _Journey:
         self.items = [item for tag in TAGS for item in _of_tag(tag)[: size["items_per_tag"]]]
         self.seconds: dict[str, float] = {}
         self.losses: list[dict[str, Any]] = []
+        self.num_run = 0  # of the stages, by this call
 
     def scored(self, name: str, model: str) -> Run:
         """Draw and judge with a model."""
         file = self.output / f"{name}.scores.json"
         if not file.exists():
+            self.num_run += 1
             start = time.monotonic()
             with tqdm(total=len(self.items), desc=f"{name}: pictures", unit="picture") as bar:
                 results = draw_and_score(
@@ -97,6 +103,7 @@ class _Journey:
         """Fine-tune the base and save it as a pipeline of its own."""
         file = self.output / f"{name}.training.json"
         if not file.exists():
+            self.num_run += 1
             start = time.monotonic()
             pipeline = _load(BASE)
             examples = make_examples(
