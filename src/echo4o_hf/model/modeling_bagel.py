@@ -43,7 +43,7 @@ from .checkpoint import HUB_OPTIONS, layout, resolve
 from .configuration_bagel import BagelConfig
 from .context import Branch, Context, NoisyBlock
 from .files import check_finite, check_loading_info
-from .packages import naming_packages, spare_small_parts
+from .packages import keep_packing, naming_packages, spare_small_parts
 from .packing import (
     IGNORE,
     IMAGE,
@@ -152,9 +152,10 @@ class BagelAttention(nn.Module):
         if "flash" in (backend or "") and isinstance(branch.mask, Tensor) and branch.mask.dim() == 4:
             backend = "sdpa"  # see `BagelForConditionalGeneration.make_mask`
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(backend, eager_attention_forward)
-        out: Tensor = attention(
-            self, q, k, v, branch.mask, scaling=self.scaling, dropout=0.0, is_causal=branch.is_causal
-        )[0]
+        with _flex_on_cpu(backend, q):
+            out: Tensor = attention(
+                self, q, k, v, branch.mask, scaling=self.scaling, dropout=0.0, is_causal=branch.is_causal
+            )[0]
         return out
 
 
@@ -279,7 +280,8 @@ class BagelVisionTransformer(nn.Module):
         images = pad_sequence(list(embeds.split(lengths)), batch_first=True)  # (I, longest, vision hidden)
         real = real_tokens(torch.tensor(lengths, device=images.device), images.shape[1])
         mask = create_bidirectional_mask(config=self.config, inputs_embeds=images, attention_mask=real)
-        hidden = self.encoder(inputs_embeds=images, attention_mask=mask).last_hidden_state
+        with _flex_on_cpu(self.config._attn_implementation, images):
+            hidden = self.encoder(inputs_embeds=images, attention_mask=mask).last_hidden_state
         return self.post_layernorm(hidden[real])
 
 
@@ -419,11 +421,7 @@ class BagelPreTrainedModel(PreTrainedModel):
             model, info = super().from_pretrained(folder, *args, **kwargs)
         check_loading_info(info, folder)
         check_finite(model, folder)
-        for module in model.modules():
-            if type(module).__name__ == "Linear4bit":
-                # On CPUs, bitsandbytes would repack weights for inference: they crash on an empty stream, and later
-                # pass no gradients.
-                module.support_avx512bf16_for_cpu = False
+        keep_packing(model)
         return (model, info) if with_info else model
 
 
@@ -687,13 +685,10 @@ class BagelForConditionalGeneration(BagelPreTrainedModel, GenerationMixin):
         that of sdpa, which then attends; packs for training are too long for it.
 
         Raises:
-            ValueError: Flash attention is set and the rows mix texts and images, without `dense_for_flash`; or flex
-                attention on a CPU.
+            ValueError: Flash attention is set and the rows mix texts and images, without `dense_for_flash`.
         """
         (batch, cached), length = past.shape, segment_ids.shape[1]
         backend = cast(Qwen2Config, self.config.text_config)._attn_implementation or "eager"
-        if backend == "flex_attention" and past.is_cpu:
-            raise ValueError("flex_attention needs a GPU: torch compiles it for CPUs for some lengths only; use sdpa")
         real = segment_ids != PADDING
         unpadded = bool(past.all()) and bool(real.all())
         one_segment = bool((segment_ids == segment_ids.amax(1, keepdim=True))[real].all())
@@ -870,12 +865,20 @@ class BagelForConditionalGeneration(BagelPreTrainedModel, GenerationMixin):
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(
             *args, is_first_iteration=is_first_iteration, **kwargs
         )
-        if not is_first_iteration or inputs.get("pixel_values") is None:  # text needs no more than attention_mask
+        segment_ids = inputs.get("segment_ids")
+        is_assisted = segment_ids is not None and segment_ids.shape[1] != inputs["input_ids"].shape[1]
+        if is_first_iteration and is_assisted and inputs.get("pixel_values") is not None:
+            raise ValueError("assisted generation (assistant_model, prompt_lookup_num_tokens) needs a prompt of text")
+        if not is_first_iteration or is_assisted:
             for name in ("segment_ids", "roles", "sample_ids", "vision_mask", "pixel_values", "vision_grids"):
                 inputs.pop(name, None)
-        elif inputs["segment_ids"].shape[1] != inputs["input_ids"].shape[1]:
-            raise ValueError("assisted generation (assistant_model, prompt_lookup_num_tokens) needs a prompt of text")
         return inputs
+
+
+def _flex_on_cpu(backend: str | None, states: Tensor) -> AbstractContextManager[Any]:
+    """For CPUs, torch compiles flex attention for some lengths only, so there it runs as it is."""
+    compiles = backend == "flex_attention" and states.is_cpu and not torch.compiler.is_compiling()
+    return torch.compiler.set_stance("force_eager") if compiles else nullcontext()
 
 
 def _place(features: Tensor, mask: Tensor | None, embeds: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from torch import nn
 from transformers.quantizers.auto import AutoQuantizationConfig
 
 # Outside of the two experts' layers nothing is quantized: it is small, and heads and embeddings suffer most.
@@ -29,6 +30,13 @@ def spare_small_parts(quantization_config: Any) -> Any:
         spared = {*(getattr(quantization_config, name) or ()), *NOT_QUANTIZED}
         setattr(quantization_config, name, sorted(spared))
     return quantization_config
+
+
+def keep_packing(model: nn.Module) -> None:
+    """Keep bitsandbytes from packing 4-bit weights anew on CPUs: an empty stream would crash, gradients be lost."""
+    for module in model.modules():
+        if type(module).__name__ == "Linear4bit":
+            module.support_avx512bf16_for_cpu = False
 
 
 @contextmanager
