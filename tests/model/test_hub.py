@@ -185,7 +185,11 @@ print(json.dumps({
     found = run(offline, home, HF_ENDPOINT=hub, HF_HUB_OFFLINE="1")
     assert found["main"] == 0.5
     assert found["interrupted"].startswith("OSError") and "Echo-4o/ema.safetensors" in found["interrupted"]
-    assert found["not cached"].startswith("OSError") and "HF_HUB_OFFLINE unset" in found["not cached"]
+    assert found["not cached"].startswith("OSError: 'someone/else' is no folder in ")
+    assert found["not cached"].endswith(
+        ", the Hub's cache has nothing of it, and HF_HUB_OFFLINE is set: give the path of a folder, or download it "
+        "with network"
+    )
 
     no_network = """
 print(json.dumps({

@@ -131,5 +131,9 @@ def open_source(data_dir: str | None, repo_id: str, revision: str, token: str | 
     try:
         commit = api.resolve_revision(repo_id, repo_type="dataset", revision=revision)
     except RevisionResolutionError as error:
-        raise OSError(f"{error} Without network, give a copy as data_dir.") from error
+        offline = huggingface_hub.is_offline_mode()
+        why = "HF_HUB_OFFLINE is set" if offline else f"the Hub cannot be asked ({error.__cause__ or error})"
+        raise OSError(
+            f"{repo_id} (revision {revision!r}) is not in the Hub's cache, and {why}: give a copy as data_dir."
+        ) from error
     return Repository(repo_id, commit.resolved, token)

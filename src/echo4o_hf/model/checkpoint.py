@@ -14,7 +14,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from huggingface_hub import get_cached_repo_tree, snapshot_download
+from huggingface_hub import get_cached_repo_tree, is_offline_mode, snapshot_download
 from huggingface_hub.errors import (
     CachedRepoTreeNotFoundError,
     HfHubHTTPError,
@@ -69,6 +69,7 @@ HUB_OPTIONS = ("revision", "subfolder", "cache_dir", "token", "local_files_only"
 LOOKUP_OPTIONS = ("proxies", "trust_remote_code", "gguf_file", "_from_auto", "_from_pipeline", "_commit_hash")
 
 PIPELINE_FILE = "model_index.json"
+LOOKUP_FILES = ["*config.json", PIPELINE_FILE]  # some of them are in every checkpoint
 COMPONENTS = ("model", "vae", "scheduler", "processor")
 OFFICIAL_FILES = ("ema.safetensors", "ae.safetensors", "llm_config.json", "vit_config.json")
 SAVED_VAE_FILE = "diffusion_pytorch_model.safetensors"  # diffusers' name
@@ -401,7 +402,7 @@ def _wanted_files(names: set[str], component: str | None = None) -> list[str]:
 
 def _repository(name: str, revision: str | None, hub_options: dict[str, Any]) -> tuple[Path, set[str]]:
     """The snapshot folder of a Hub repository (named after the commit) and the names of all its files."""
-    folder = _download(name, revision, ["*config.json", PIPELINE_FILE], hub_options)
+    folder = _download(name, revision, LOOKUP_FILES, hub_options)
     try:
         tree = get_cached_repo_tree(name, revision=folder.name, cache_dir=hub_options.get("cache_dir"))
     except CachedRepoTreeNotFoundError:  # cached by an older huggingface_hub, and the Hub is out of reach
@@ -426,9 +427,11 @@ def _download(name: str, revision: str | None, patterns: list[str], hub_options:
     except HFValidationError as error:
         raise FileNotFoundError(f"{name!r} is neither a folder nor a name on the Hub ({error})") from error
     except LocalEntryNotFoundError as error:
+        lack = "has nothing" if patterns == LOOKUP_FILES else f"lacks {shortened(patterns, 3)}"
+        why = "HF_HUB_OFFLINE is set" if is_offline_mode() else f"the Hub cannot be asked ({error.__cause__ or error})"
         raise OSError(
-            f"{where} is no folder in {Path.cwd()}, the Hub's cache lacks {shortened(patterns, 3)} of it, and the Hub "
-            f"cannot be asked ({error}). Give the path of a folder, or run once with network and HF_HUB_OFFLINE unset"
+            f"{where} is no folder in {Path.cwd()}, the Hub's cache {lack} of it, and {why}: "
+            "give the path of a folder, or download it with network"
         ) from error
     except HfHubHTTPError as error:
         raise OSError(
