@@ -1,3 +1,5 @@
+import logging
+import logging.handlers
 import os
 import subprocess
 import sys
@@ -65,6 +67,19 @@ def test_dtype(official, tmp_path):
     convert(official, tmp_path / "ours", dtype=torch.bfloat16)
     pipe = Echo4oPipeline.from_pretrained(tmp_path / "ours")
     assert {pipe.model.dtype, pipe.vae.dtype} == {torch.bfloat16}
+
+
+def test_casting_warns_of_nothing(pipe):
+    handler = logging.handlers.BufferingHandler(1000)
+    logging.getLogger("diffusers").addHandler(handler)
+    try:
+        pipe.to(torch.bfloat16).to("cpu", torch.float32)
+        pipe.vae._keep_in_fp32_modules = ["decoder"]
+        pipe.to(torch.bfloat16)
+    finally:
+        logging.getLogger("diffusers").removeHandler(handler)
+    (message,) = (record.getMessage() for record in handler.buffer)
+    assert "kept in float32: ['decoder']" in message
 
 
 def test_nothing_is_left_of_a_conversion_that_fails(official, tmp_path):

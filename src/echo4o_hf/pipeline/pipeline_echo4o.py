@@ -8,6 +8,7 @@ Letters: B images, N latent tokens of the largest image, D values of a token.
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -50,6 +51,10 @@ IMAGE_TYPES = ("pil", "np", "pt")
 OUTPUT_TYPES = (*IMAGE_TYPES, "latent")
 UPDATES_PER_CHECK = 8  # reading a device's memory waits for all that it still computes
 PARTS = ("model", "vae", "scheduler", "processor")
+# Casting a VAE, diffusers warns of its layers that have to stay in float32, even of none.
+logging.getLogger("diffusers.models.modeling_utils").addFilter(
+    lambda record: "kept in float32: []" not in record.getMessage()
+)
 
 
 @dataclass
