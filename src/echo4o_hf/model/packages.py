@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
 from transformers.quantizers.auto import AutoQuantizationConfig
 
 # Outside of the two experts' layers nothing is quantized: it is small, and heads and embeddings suffer most.
@@ -32,7 +31,7 @@ def spare_small_parts(quantization_config: Any) -> Any:
     return quantization_config
 
 
-def keep_packing(model: nn.Module) -> None:
+def keep_packing(model: Any) -> None:
     """Keep bitsandbytes from packing 4-bit weights anew on CPUs: an empty stream would crash, gradients be lost."""
     for module in model.modules():
         if type(module).__name__ == "Linear4bit":
