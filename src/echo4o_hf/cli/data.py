@@ -89,7 +89,12 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("bagel", "webdataset", "imagefolder", "jsonl"),
         help="bagel (the official trainer's), webdataset, imagefolder or jsonl",
     )
-    parser.add_argument("output", type=Path, metavar="OUTPUT", help="folder to write")
+    parser.add_argument(
+        "output",
+        type=Path,
+        metavar="OUTPUT",
+        help="folder to write; OUTPUT.report.json beside it says what was left out",
+    )
     _source_arguments(parser)
     parser.add_argument("--subset", choices=(*SUBSETS, "all"), default="all", help="default: %(default)s")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export in OUTPUT")
