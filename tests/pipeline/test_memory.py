@@ -64,10 +64,12 @@ def error(actual, expected):
 # -------------------------------------------------------------------------------------------------------- attention
 
 
-def test_attentions_agree_in_all_modes(pipe, folder):
-    other = load(folder, attn_implementation="eager")
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("attention", ["eager", "flex_attention"])
+def test_attentions_agree_in_all_modes(pipe, folder, attention):
+    other = load(folder, attn_implementation=attention)
     config = other.model.config
-    assert {config.text_config._attn_implementation, config.vision_config._attn_implementation} == {"eager"}
+    assert {config.text_config._attn_implementation, config.vision_config._attn_implementation} == {attention}
     assert pipe.model.config.text_config._attn_implementation == "sdpa"
     assert_same(other, pipe)
 

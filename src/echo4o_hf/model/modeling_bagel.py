@@ -279,8 +279,8 @@ class BagelVisionTransformer(nn.Module):
         embeds = self.embeddings(patches, position_ids)
         images = pad_sequence(list(embeds.split(lengths)), batch_first=True)  # (I, longest, vision hidden)
         real = real_tokens(torch.tensor(lengths, device=images.device), images.shape[1])
-        mask = create_bidirectional_mask(config=self.config, inputs_embeds=images, attention_mask=real)
         with _flex_on_cpu(self.config._attn_implementation, images):
+            mask = create_bidirectional_mask(config=self.config, inputs_embeds=images, attention_mask=real)
             hidden = self.encoder(inputs_embeds=images, attention_mask=mask).last_hidden_state
         return self.post_layernorm(hidden[real])
 
@@ -703,17 +703,18 @@ class BagelForConditionalGeneration(BagelPreTrainedModel, GenerationMixin):
                     f"attn_implementation={backend!r} cannot mix segments in one call; use flex_attention or sdpa"
                 )
             backend = "sdpa"
-        mask = ALL_MASK_ATTENTION_FUNCTIONS[backend](
-            batch_size=batch,
-            q_length=length,
-            kv_length=cached + length,
-            q_offset=cached,
-            mask_function=visibility(past, segment_ids, roles, sample_ids),
-            dtype=dtype,
-            device=segment_ids.device,
-            allow_is_causal_skip=False,
-            allow_is_bidirectional_skip=False,
-        )
+        with _flex_on_cpu(backend, past):
+            mask = ALL_MASK_ATTENTION_FUNCTIONS[backend](
+                batch_size=batch,
+                q_length=length,
+                kv_length=cached + length,
+                q_offset=cached,
+                mask_function=visibility(past, segment_ids, roles, sample_ids),
+                dtype=dtype,
+                device=segment_ids.device,
+                allow_is_causal_skip=False,
+                allow_is_bidirectional_skip=False,
+            )
         return mask, False
 
     def _text_loss(self, hidden: Tensor, shift_labels: Tensor, reduction: str) -> Tensor:

@@ -185,7 +185,7 @@ class Echo4oPipeline(LoraMixin, StepCacheMixin, DiffusionPipeline):
         return super().to(*args, **kwargs)
 
     def set_attention_backend(self, backend: str) -> None:
-        """Choose the attention of the model: "sdpa", "eager", and on GPUs "flex_attention", "flash_attention_2" ....
+        """Choose the attention of the model: "sdpa", "eager", "flex_attention", "flash_attention_2" ....
 
         The same as `pipe.model.set_attn_implementation`.
 
