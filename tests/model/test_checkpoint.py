@@ -217,6 +217,11 @@ def test_what_the_official_layout_has_no_place_for(components, official, tmp_pat
     components["model"].add_adapter(LoraConfig(target_modules=["q_proj_moe_gen"]), "mine")
     with pytest.raises(ValueError, match=r"adapters \['mine'\] are loaded"):
         write_official(components, tmp_path / "written")
+    components["vae"].enable_group_offload(
+        torch.device("cpu"), offload_type="leaf_level", offload_to_disk_path=str(tmp_path / "disk")
+    )
+    with pytest.raises(ValueError, match="AutoencoderKL are on disk.*without offload_to_disk_path"):
+        write_official(components, tmp_path / "written")
     assert not (tmp_path / "written").exists()
 
 

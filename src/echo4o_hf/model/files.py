@@ -151,6 +151,23 @@ def check_finite(module: nn.Module, source: object) -> None:
         )
 
 
+def check_in_memory(*parts: nn.Module) -> None:
+    """Complain about diffusers' group offload to disk, which leaves tensors of any content in memory between calls.
+
+    Raises:
+        ValueError: with the folder on disk.
+    """
+    from diffusers.hooks.group_offloading import _get_top_level_group_offload_hook
+
+    for part in parts:
+        hook = _get_top_level_group_offload_hook(part)
+        if hook is not None and hook.config.offload_to_disk_path is not None:
+            raise ValueError(
+                f"the weights of {type(part).__name__} are on disk, in {hook.config.offload_to_disk_path}: load "
+                "the pipeline again, without offload_to_disk_path"
+            )
+
+
 def check_loading_info(info: dict[str, Any], source: object) -> None:
     """Complain about what transformers' `from_pretrained(..., output_loading_info=True)` only logs.
 

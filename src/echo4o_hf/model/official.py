@@ -24,7 +24,17 @@ from safetensors.torch import save_file
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase, Qwen2Config, SiglipVisionConfig
 from transformers.utils import logging
 
-from .files import WEIGHTS_FILES, Shapes, listing, new_folder, read_json, tensor_shapes, weights_file, weights_shapes
+from .files import (
+    WEIGHTS_FILES,
+    Shapes,
+    check_in_memory,
+    listing,
+    new_folder,
+    read_json,
+    tensor_shapes,
+    weights_file,
+    weights_shapes,
+)
 
 if TYPE_CHECKING:
     from .configuration_bagel import BagelConfig
@@ -171,6 +181,7 @@ def write_official(components: Mapping[str, Any], folder: str | os.PathLike[str]
     from .vae import save_vae
 
     model, tokenizer = components["model"], components["processor"].tokenizer
+    check_in_memory(model, components["vae"])
     parts = _official_json(model.config)
     with new_folder(folder) as temporary:
         _save_weights(model, temporary)

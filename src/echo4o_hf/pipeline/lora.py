@@ -22,11 +22,11 @@ from diffusers.hooks.group_offloading import (
 )
 from diffusers.loaders.lora_base import LoraBaseMixin
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.utils import is_peft_available
 
 from ..model.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, find_adapter
-from ..model.files import Shapes, read_json, shortened, tensor_shapes
+from ..model.files import Shapes, check_in_memory, read_json, shortened, tensor_shapes
 from ..model.modeling_bagel import BagelForConditionalGeneration
 
 if TYPE_CHECKING:
@@ -142,7 +142,7 @@ class LoraMixin(LoraBaseMixin):
                 f"safe_serialization={safe_serialization} and variant={variant!r} write files that from_pretrained "
                 "does not read: leave them out, and choose another dtype with pipeline.to(dtype)"
             )
-        self._check_in_memory(self.model, self.vae)
+        check_in_memory(self.model, self.vae)
         if self._adapter_names():
             raise ValueError(
                 f"adapters {self._adapter_names()} are loaded: merge them for good with fuse_lora() and "
@@ -199,7 +199,7 @@ class LoraMixin(LoraBaseMixin):
                 weights are on disk.
         """
         self._check_not_fused()
-        self._check_in_memory(self.model)
+        check_in_memory(self.model)
         names = list(adapter_names) if adapter_names is not None else self.get_active_adapters()
         self._check_loaded(names)
         # diffusers would scale the active adapters instead of the named ones, and leave them scaled.
@@ -250,16 +250,6 @@ class LoraMixin(LoraBaseMixin):
             raise ValueError(
                 f"no adapter {', '.join(map(repr, missing)) or 'given'}; loaded are {self._adapter_names() or 'none'}"
             )
-
-    def _check_in_memory(self, *parts: nn.Module) -> None:
-        """Group offload to disk leaves tensors of any content in memory, between calls."""
-        for part in parts:
-            hook = _get_top_level_group_offload_hook(part)
-            if hook is not None and hook.config.offload_to_disk_path is not None:
-                raise ValueError(
-                    f"the weights of {type(part).__name__} are on disk, in {hook.config.offload_to_disk_path}: load "
-                    "the pipeline again, without offload_to_disk_path"
-                )
 
     def _check_not_fused(self) -> None:
         if self.fused_loras:
