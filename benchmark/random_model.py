@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from echo4o_hf.model.configuration_bagel import BagelConfig
+from echo4o_hf.model.configuration_bagel import SPECIAL_TOKEN_IDS, BagelConfig
 from echo4o_hf.model.image_processing_bagel import BagelImageProcessor
 from echo4o_hf.model.modeling_bagel import BagelForConditionalGeneration
 from echo4o_hf.model.packing import IGNORE, TARGET, TEXT, Segment, collate
@@ -92,7 +92,9 @@ def make_pipeline(
 
 def make_processor(config: BagelConfig) -> BagelProcessor:
     """A processor that knows one word."""
-    words = Tokenizer(models.WordLevel({WORD: 4, "[unk]": 5}, unk_token="[unk]"))
+    ids = [getattr(config, name) for name in SPECIAL_TOKEN_IDS]
+    vocabulary = {**dict(zip(SPECIAL_TOKENS, ids, strict=True)), WORD: 4, "[unk]": 5}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="[unk]"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[unk]")
     tokenizer.add_tokens(list(SPECIAL_TOKENS), special_tokens=True)
