@@ -86,8 +86,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _failed(error: Exception, prefix: str = "") -> int:
     """Say in one line what is wrong, and what the notes of the error advise."""
-    is_file = isinstance(error, OSError) and error.filename and error.strerror  # else it has words of its own
-    text = f"{error.filename}: {error.strerror}" if is_file else str(error)
+    text = str(error)
+    if isinstance(error, OSError) and error.filename and error.strerror:  # the system's, with a number before it
+        text = f"{error.filename}: {error.strerror}"
     texts = [prefix, text, *getattr(error, "__notes__", [])]
     print("echo4o: error:", " ".join(" ".join(texts).split()), file=sys.stderr)
     return 2
