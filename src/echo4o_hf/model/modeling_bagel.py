@@ -524,8 +524,7 @@ class BagelForConditionalGeneration(BagelPreTrainedModel, GenerationMixin):
             raise ValueError("give either input_ids or inputs_embeds")
         understanding = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds  # (B, U, C)
         if pixel_values is not None:
-            features = self.embed_images(pixel_values, vision_grids)
-            understanding = _place(features, vision_mask, understanding)
+            understanding = _place(self.embed_images(pixel_values, vision_grids), vision_mask, understanding)
 
         # 2. Noise the targets and embed the generation stream.
         generation = target_velocity = understanding[:, :0]  # (B, 0, C)
@@ -600,8 +599,7 @@ class BagelForConditionalGeneration(BagelPreTrainedModel, GenerationMixin):
         vision = self.vit_model.vision_model
         patches = pixel_values[real].to(vision.embeddings.patch_embedding.weight.dtype)
         features = vision(patches, position_ids, [rows * columns for rows, columns in grids])
-        embeds: Tensor = self.connector(features) + self.vit_pos_embed(position_ids)
-        return embeds
+        return cast(Tensor, self.connector(features) + self.vit_pos_embed(position_ids))
 
     def embed_latents(self, latents: Tensor, timestep: Tensor, latent_grids: Tensor) -> Tensor:
         """(batch, tokens, latent_dim), (batch, tokens), (batch, images, 2) -> (batch, tokens, hidden).
@@ -810,8 +808,7 @@ class BagelForConditionalGeneration(BagelPreTrainedModel, GenerationMixin):
         embeds = self.vae2llm(latents.to(self.vae2llm.weight.dtype)) + block.latent_positions  # (B, N, C)
         generation = embeds + self.time_embedder(timestep.to(latents.device))[:, None]
         _, hidden = self.language_model.model(block.markers, generation, block.position_embeddings, block.branches)
-        velocity: Tensor = self.llm2vae(hidden).float()
-        return velocity
+        return cast(Tensor, self.llm2vae(hidden).float())
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Write text, as in transformers, with a dynamic cache.
