@@ -5,6 +5,7 @@ import json
 import shutil
 import sys
 import threading
+import warnings
 from copy import deepcopy
 from http.server import ThreadingHTTPServer
 
@@ -143,8 +144,9 @@ def test_several_at_once_with_weights(pipe, make_adapter):
 
 def test_names_that_are_left(pipe, make_adapter):
     _, folder = make_adapter()
-    for _ in range(3):
-        pipe.load_lora_weights(folder)
+    with warnings.catch_warnings(action="error"):
+        for _ in range(3):
+            pipe.load_lora_weights(folder)
     pipe.delete_adapters("default_1")
     pipe.load_lora_weights(folder)
     assert sorted(pipe.get_list_adapters()["model"]) == ["default_0", "default_1", "default_2"]
