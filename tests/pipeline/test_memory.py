@@ -88,6 +88,14 @@ def flash_attention(module, query, key, value, mask, scaling, is_causal, **_):
     return out.transpose(1, 2).nan_to_num(), None  # rows of padding see nothing
 
 
+@pytest.mark.slow  # compiles
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_attention_in_compiled_layers(pipe, folder):
+    other = load(folder, attn_implementation="flex_attention")
+    other.compile()
+    assert_same(other, pipe)
+
+
 def test_flash_attention_draws_and_answers(pipe, folder, monkeypatch):
     """What it has no mask for, prompts that mix segments, goes through sdpa; packs for training are refused."""
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "flash_attention_2", flash_attention)

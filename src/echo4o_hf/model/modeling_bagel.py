@@ -15,6 +15,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, cast
 
 import torch
@@ -152,10 +153,11 @@ class BagelAttention(nn.Module):
         if "flash" in (backend or "") and isinstance(branch.mask, Tensor) and branch.mask.dim() == 4:
             backend = "sdpa"  # see `BagelForConditionalGeneration.make_mask`
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(backend, eager_attention_forward)
-        with _flex_on_cpu(backend, q):
-            out: Tensor = attention(
-                self, q, k, v, branch.mask, scaling=self.scaling, dropout=0.0, is_causal=branch.is_causal
-            )[0]
+        if backend == "flex_attention" and q.is_cpu:
+            attention = partial(_uncompiled, attention)
+        out: Tensor = attention(
+            self, q, k, v, branch.mask, scaling=self.scaling, dropout=0.0, is_causal=branch.is_causal
+        )[0]
         return out
 
 
@@ -874,9 +876,16 @@ class BagelForConditionalGeneration(BagelPreTrainedModel, GenerationMixin):
 
 
 def _flex_on_cpu(backend: str | None, states: Tensor) -> AbstractContextManager[Any]:
-    """For CPUs, torch compiles flex attention for some lengths only, so there it runs as it is."""
-    compiles = backend == "flex_attention" and states.is_cpu and not torch.compiler.is_compiling()
-    return torch.compiler.set_stance("force_eager") if compiles else nullcontext()
+    """On CPUs flex attention runs as it is: compiled, it knows some lengths only, and takes wrong rows of a batch."""
+    is_flex_on_cpu = backend == "flex_attention" and states.is_cpu
+    return torch.compiler.set_stance("force_eager") if is_flex_on_cpu else nullcontext()
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _uncompiled(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """`_flex_on_cpu` inside of compiled layers."""
+    with torch.compiler.set_stance("force_eager"):
+        return function(*args, **kwargs)
 
 
 def _place(features: Tensor, mask: Tensor | None, embeds: Tensor) -> Tensor:
