@@ -154,7 +154,7 @@ class BagelAttention(nn.Module):
             backend = "sdpa"  # see `BagelForConditionalGeneration.make_mask`
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(backend, eager_attention_forward)
         if backend == "flex_attention" and q.is_cpu:
-            attention = partial(_uncompiled, attention)
+            attention = partial(_flex_uncompiled, attention)
         out: Tensor = attention(
             self, q, k, v, branch.mask, scaling=self.scaling, dropout=0.0, is_causal=branch.is_causal
         )[0]
@@ -882,10 +882,10 @@ def _flex_on_cpu(backend: str | None, states: Tensor) -> AbstractContextManager[
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def _uncompiled(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """`_flex_on_cpu` inside of compiled layers."""
+def _flex_uncompiled(attention: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """`_flex_on_cpu` also inside of compiled layers, where no stance can be set."""
     with torch.compiler.set_stance("force_eager"):
-        return function(*args, **kwargs)
+        return attention(*args, **kwargs)
 
 
 def _place(features: Tensor, mask: Tensor | None, embeds: Tensor) -> Tensor:
